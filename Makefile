@@ -1,0 +1,51 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+BUILD ?= .
+# Outputs are made and compared with one thread each; two workers share the cores.
+export OMP_NUM_THREADS := 1
+export OMP_WAIT_POLICY := passive
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+.PHONY: help book test notebooks notebooks-all gpu lab serve lint lock clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[book,lab,test]'
+	@touch $@
+
+book: .venv/ready ## render the book into _build/html
+	rm -rf "$(BUILD)/_build"
+	$(BIN)/jupyter-book build . --path-output "$(BUILD)" -W -n --keep-going
+
+test: .venv/ready lint ## run every test: package, notebooks, site
+	$(BIN)/pytest -n 2 --dist loadfile
+
+notebooks: .venv/ready ## run the notebooks whose text has changed and store their outputs
+	$(BIN)/python tools/notebooks.py build
+
+notebooks-all: .venv/ready ## run all notebooks anew: after a change in tfm_ref
+	$(BIN)/python tools/notebooks.py build --all
+
+gpu: ## run the package's tests on CUDA with the Python that is active
+	TFM_REF_DEVICE=cuda python3 -m pytest tests/conformance
+
+lab: .venv/ready ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+serve: book ## render the book and serve it on localhost:8000
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
+
+lint: .venv/ready ## check style, and that each notebook agrees with its text
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python tools/notebooks.py check
+
+lock: ## write the versions that are installed into constraints.txt
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+
+clean: ## delete all that was built, the environment too
+	rm -rf .venv _build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

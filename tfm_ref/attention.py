@@ -1,0 +1,245 @@
+"""Attention, written so that the code reads like the equation: softmax(QKᵀ/√d_k)V."""
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tfm_ref.masks import causal_mask, check_axes, check_mask
+
+
+def attention_weights(
+    q: Float[Tensor, "b h n k"],
+    k: Float[Tensor, "b h m k"],
+    *,
+    mask: Bool[Tensor, "#b #h #n #m"] | None = None,
+    is_causal: bool = False,
+    bias: Float[Tensor, "#b #h #n #m"] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "b h n m"]:
+    """Say how much of each value every query takes.
+
+    ``weights = softmax(scale * q kᵀ + bias)`` over the keys that the masks allow.
+
+    Args:
+        q: queries.
+        k: keys.
+        mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
+        is_causal: let a query see no later key; aligned at the bottom right, so that the last
+            query sees the last key. Joined with ``mask`` by AND.
+        bias: finite numbers added to the scaled scores; each axis of size 1 or full.
+        scale: factor of the dot products; 1/√head_dim if not given.
+
+    Returns:
+        Weights of shape (batch, heads, len_q, len_k). A row is at least 0 everywhere and sums
+        to 1; the row of a query that may attend to nothing is 0, not NaN.
+
+    Raises:
+        ValueError: if q or k has not four axes, an axis is empty, batch, heads or width differ,
+            dtypes or devices differ, the dtype is not floating, or mask or bias does not fit.
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1, equation (1). The
+        paper says nothing of queries with no key; there we give 0.
+
+    Example:
+        The scores are 0 and 1, so the weights are 1/(1+e) and e/(1+e).
+
+        >>> q, k = torch.tensor([[0.0, 2**0.5]]), torch.eye(2)
+        >>> attention_weights(q[None, None], k[None, None])
+        tensor([[[[0.2689, 0.7311]]]])
+    """
+    _check_inputs(q=q, k=k)
+    shape = (*q.shape[:3], k.shape[2])
+    scores = einsum(q, k, "b h n k, b h m k -> b h n m")
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        _check_bias(bias, scores, shape)
+        scores = scores + bias
+    if mask is not None:
+        check_mask(mask, shape)
+    if is_causal:
+        causal = causal_mask(*shape[2:], device=q.device)
+        mask = causal if mask is None else mask & causal
+    if mask is None:
+        return scores.softmax(-1)
+    # The lowest finite number, not -inf: a row without any allowed key then holds no NaN, in
+    # its gradient neither, and the second fill makes it 0.
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+    return weights.masked_fill(~mask, 0.0)
+
+
+def scaled_dot_product_attention(
+    q: Float[Tensor, "b h n k"],
+    k: Float[Tensor, "b h m k"],
+    v: Float[Tensor, "b h m v"],
+    *,
+    mask: Bool[Tensor, "#b #h #n #m"] | None = None,
+    is_causal: bool = False,
+    bias: Float[Tensor, "#b #h #n #m"] | None = None,
+    scale: float | None = None,
+) -> Float[Tensor, "b h n v"]:
+    """Give each query the average of the values, weighted by how well the keys match it.
+
+    ``output = softmax(scale * q kᵀ + bias) v``. The weights themselves come from
+    :func:`attention_weights` with the same arguments.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values; their width v_head_dim may differ from head_dim.
+        mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
+        is_causal: let a query see no later key; aligned at the bottom right, so that the last
+            query sees the last key. Joined with ``mask`` by AND.
+        bias: finite numbers added to the scaled scores; each axis of size 1 or full.
+        scale: factor of the dot products; 1/√head_dim if not given.
+
+    Returns:
+        Output of shape (batch, heads, len_q, v_head_dim), 0 for a query that may attend to
+        nothing.
+
+    Raises:
+        ValueError: as :func:`attention_weights`, or if v does not fit k in batch, heads,
+            length, dtype or device.
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1, equation (1).
+
+    Example:
+        >>> q, k = torch.tensor([[0.0, 2**0.5]]), torch.eye(2)
+        >>> v = torch.tensor([[10.0], [20.0]])
+        >>> scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])
+        tensor([[[[17.3106]]]])
+    """
+    _check_inputs(q=q, k=k, v=v)
+    weights = attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias, scale=scale)
+    return einsum(weights, v, "b h n m, b h m v -> b h n v")
+
+
+class SelfAttention(nn.Module):
+    """Let every token of a sequence gather information from every token: one head.
+
+    ``Q = x W_Q, K = x W_K, V = x W_V, output = softmax(QKᵀ/√head_dim) V W_O``.
+
+    Args:
+        d_model: width of the tokens.
+        head_dim: width of queries and keys; d_model if not given.
+        v_head_dim: width of values; head_dim if not given.
+        bias: add a bias to the four projections.
+
+    Raises:
+        ValueError: if a width is below 1.
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need", sections 3.2.1 and 3.2.3; with one
+        head, section 3.2.2 is this class.
+
+    Example:
+        >>> attention = SelfAttention(d_model=512)
+        >>> attention(torch.randn(32, 100, 512)).shape
+        torch.Size([32, 100, 512])
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        head_dim: int | None = None,
+        v_head_dim: int | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        head_dim = d_model if head_dim is None else head_dim
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        for name, width in dict(d_model=d_model, head_dim=head_dim, v_head_dim=v_head_dim).items():
+            if width < 1:
+                raise ValueError(f"{name} must be at least 1; got {width}")
+        self.d_model = d_model
+        self.q_proj = nn.Linear(d_model, head_dim, bias=bias)
+        self.k_proj = nn.Linear(d_model, head_dim, bias=bias)
+        self.v_proj = nn.Linear(d_model, v_head_dim, bias=bias)
+        self.o_proj = nn.Linear(v_head_dim, d_model, bias=bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        *,
+        mask: Bool[Tensor, "#b 1 #n #n"] | None = None,
+        is_causal: bool = False,
+    ) -> Float[Tensor, "b n d"]:
+        """Mix the tokens.
+
+        Args:
+            x: tokens.
+            mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
+            is_causal: let a token see no later one. Joined with ``mask`` by AND.
+
+        Returns:
+            The mixed tokens, shaped like x.
+
+        Raises:
+            ValueError: if x has not the shape (batch, length, d_model), is empty, or the mask
+                does not fit.
+        """
+        q, k, v = self._project(x)
+        y = scaled_dot_product_attention(q, k, v, mask=mask, is_causal=is_causal)
+        return self.o_proj(rearrange(y, "b 1 n v -> b n v"))
+
+    def attention_weights(
+        self,
+        x: Float[Tensor, "b n d"],
+        *,
+        mask: Bool[Tensor, "#b 1 #n #n"] | None = None,
+        is_causal: bool = False,
+    ) -> Float[Tensor, "b 1 n n"]:
+        """Show the weights that :meth:`forward` uses for the same arguments."""
+        q, k, _ = self._project(x)
+        return attention_weights(q, k, mask=mask, is_causal=is_causal)
+
+    def _project(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Make queries, keys and values, each with a heads axis of size 1."""
+        if x.ndim != 3 or x.shape[-1] != self.d_model:
+            raise ValueError(
+                f"x must have shape (batch, length, d_model = {self.d_model}); got {tuple(x.shape)}"
+            )
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return q[:, None], k[:, None], v[:, None]
+
+
+def _check_inputs(**tensors: Tensor) -> None:
+    """Refuse queries, keys and values that do not fit together."""
+    for name, t in tensors.items():
+        if t.ndim != 4:
+            raise ValueError(
+                f"{name} must have 4 axes (batch, heads, length, width); got {tuple(t.shape)}"
+            )
+        if 0 in t.shape:
+            raise ValueError(f"{name} must not be empty; got shape {tuple(t.shape)}")
+        if not t.is_floating_point():
+            raise ValueError(f"{name} must be floating point; got {t.dtype}")
+    q, k, v = tensors["q"], tensors["k"], tensors.get("v")
+    for name, t in tensors.items():
+        if t.dtype != q.dtype or t.device != q.device:
+            raise ValueError(
+                f"q and {name} must have the same dtype and device; "
+                f"got {q.dtype} on {q.device} and {t.dtype} on {t.device}"
+            )
+        if t.shape[:2] != q.shape[:2]:
+            raise ValueError(
+                f"q and {name} must have the same batch and heads; "
+                f"got {tuple(q.shape[:2])} and {tuple(t.shape[:2])}"
+            )
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must have the same width; got {q.shape[3]} and {k.shape[3]}")
+    if v is not None and k.shape[2] != v.shape[2]:
+        raise ValueError(f"k and v must have the same length; got {k.shape[2]} and {v.shape[2]}")
+
+
+def _check_bias(bias: Tensor, scores: Tensor, shape: tuple[int, int, int, int]) -> None:
+    """Refuse a bias that would change the dtype of the scores or not line up with them."""
+    if bias.dtype != scores.dtype:
+        raise ValueError(
+            f"bias must have the dtype of the scores ({scores.dtype}); got {bias.dtype}. "
+            "A boolean mask goes through mask."
+        )
+    check_axes("bias", bias, shape)
