@@ -46,7 +46,8 @@ def attention_map(
 ) -> Axes:
     """Draw weights as a grid: a row is a query, a column a key, dark is 1, white is 0.
 
-    Weights of 0.1 and more are written into their cells.
+    Weights of 0.1 and more are written into their cells; a weight of exactly 0, as a mask
+    leaves it, is a dot.
 
     Args:
         weights: attention weights of one head, each from 0 to 1.
@@ -80,4 +81,6 @@ def attention_map(
     for i, j in np.argwhere(grid >= 0.1):
         color = "white" if grid[i, j] > 0.5 else "black"
         ax.text(j, i, f"{grid[i, j]:.1f}", ha="center", va="center", color=color, fontsize=8)
+    for i, j in np.argwhere(grid == 0):
+        ax.text(j, i, "·", ha="center", va="center", color="gray")
     return ax
