@@ -8,6 +8,7 @@ notebooks/NN.md is edited and reviewed; notebooks/NN.ipynb is built from it, wit
 
 import argparse
 import ast
+import builtins
 import hashlib
 import os
 import re
@@ -160,7 +161,7 @@ def claims(cell: NotebookNode) -> list[tuple[str, ast.expr]]:
 def depends_on_a_name(evidence: ast.expr) -> bool:
     """Say whether an expression uses anything but literals and Python's own functions."""
     names = {node.id for node in ast.walk(evidence) if isinstance(node, ast.Name)}
-    return bool(names - set(dir(__builtins__)))
+    return bool(names - set(dir(builtins)))
 
 
 def main() -> int:
