@@ -7,7 +7,7 @@ export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := passive
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: help book test notebooks notebooks-all gpu lab serve lint lock clean
+.PHONY: help book test notebooks notebooks-all gpu lab serve links lint lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,13 +31,16 @@ notebooks-all: .venv/ready ## run all notebooks anew: after a change in tfm_ref
 	$(BIN)/python tools/notebooks.py build --all
 
 gpu: ## run the package's tests on CUDA with the Python that is active
-	TFM_REF_DEVICE=cuda python3 -m pytest tests/conformance
+	TFM_REF_DEVICE=cuda python3 -m pytest -o addopts=--import-mode=importlib tests/conformance
 
 lab: .venv/ready ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 serve: book ## render the book and serve it on localhost:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html 8000
+
+links: .venv/ready ## follow every link of the book (needs the network)
+	$(BIN)/jupyter-book build . --builder linkcheck
 
 lint: .venv/ready ## check style, and that each notebook agrees with its text
 	$(BIN)/ruff check
