@@ -66,7 +66,7 @@ def attempt(answer: Callable, test: Callable[[Callable], None]) -> None:
     try:
         test(answer)
     except Exception as error:
-        print(f"☐ not yet: {error or type(error).__name__}")
+        print(f"☐ not yet: {str(error) or type(error).__name__}")
     else:
         print("☑ solved")
 

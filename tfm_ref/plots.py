@@ -1,6 +1,8 @@
-"""The house style and the pictures that more than one chapter draws."""
+"""The house style, and the pictures and tables that more than one chapter draws."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -84,3 +86,41 @@ def attention_map(
     for i, j in np.argwhere(grid == 0):
         ax.text(j, i, "·", ha="center", va="center", color="gray")
     return ax
+
+
+@dataclass(frozen=True, repr=False)
+class Table:
+    """Show rows below a header: as a table in a notebook and in the book, else as its Markdown.
+
+    Args:
+        header: name of each column.
+        rows: the rows, each with one entry per column.
+
+    Raises:
+        ValueError: if a row has not one entry per column.
+
+    Example:
+        >>> Table(["n", "n²"], [(2, 4), (3, 9)])
+        | n | n² |
+        |---|---|
+        | 2 | 4 |
+        | 3 | 9 |
+    """
+
+    header: Sequence[str]
+    rows: Iterable[Sequence[Any]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", [tuple(row) for row in self.rows])
+        for row in self.rows:
+            if len(row) != len(self.header):
+                raise ValueError(
+                    f"a row must have one entry per column ({len(self.header)}); got {row}"
+                )
+
+    def __repr__(self) -> str:
+        lines = [self.header, *self.rows]
+        lines = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+        return "\n".join([lines[0], "|" + "---|" * len(self.header), *lines[1:]])
+
+    _repr_markdown_ = __repr__
