@@ -1,9 +1,10 @@
-"""What nbval leaves out: figures are compared as well, and no cell may escape comparison."""
+"""What nbval leaves out: figures are compared, no cell escapes, no chapter takes too long."""
 
 import base64
 import io
 
 import numpy as np
+import psutil
 import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile
 from PIL import Image
@@ -11,18 +12,22 @@ from PIL import Image
 COMPARED = pytest.StashKey[int]()
 DIFFERENT = 32  # of 255 levels: what anti-aliasing may change
 TOLERATED = 0.001  # share of the pixels that may be different
+LONGEST = 60  # seconds of one core for a chapter
 
 collect, compare_outputs = IPyNbFile.collect, IPyNbCell.compare_outputs
 
 
 class EveryCellWasCompared(pytest.Item):
-    """Stands behind the last cell of a notebook; fails if any cell was not compared."""
+    """Stands behind the last cell; fails if a cell was not compared or the time is exceeded."""
 
     def runtest(self):
         total = sum(cell.cell_type == "code" for cell in self.parent.nb.cells)
         compared = self.parent.stash.get(COMPARED, 0)
         assert compared == total, f"{compared} of {total} cells were compared"
         assert total, "the notebook has no cell that runs"
+        used = psutil.Process(self.parent.kernel.km.provisioner.pid).cpu_times()
+        seconds = used.user + used.system
+        assert seconds < LONGEST, f"{seconds:.0f} s of one core; at most {LONGEST} are allowed"
 
     def repr_failure(self, excinfo):
         return str(excinfo.value)
