@@ -51,8 +51,8 @@ def attention_weights(
     """
     _check_inputs(q=q, k=k)
     shape = (*q.shape[:3], k.shape[2])
-    scores = einsum(q, k, "b h n k, b h m k -> b h n m")
-    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = einsum(q * scale, k, "b h n k, b h m k -> b h n m")
     if bias is not None:
         _check_bias(bias, scores, shape)
         scores = scores + bias
@@ -63,8 +63,8 @@ def attention_weights(
         mask = causal if mask is None else mask & causal
     if mask is None:
         return scores.softmax(-1)
-    # The lowest finite number, not -inf: a row without any allowed key then holds no NaN, in
-    # its gradient neither, and the second fill makes it 0.
+    # The lowest finite number, not -inf: in a row without any allowed key -inf makes a NaN, here
+    # and on the way back. The second fill then turns that row to 0.
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
     return weights.masked_fill(~mask, 0.0)
 

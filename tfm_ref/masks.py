@@ -152,11 +152,13 @@ def padding_mask(
             "lengths must be a vector of integers, one per sequence; "
             f"got {lengths.dtype} of shape {tuple(lengths.shape)}"
         )
-    _, j = _positions(1, len_k, lengths.device)
+    if len_k < 1:
+        raise ValueError(f"len_k must be at least 1; got {len_k}")
     if ((lengths < 0) | (lengths > len_k)).any():
         raise ValueError(f"lengths must lie between 0 and len_k ({len_k}); got {lengths.tolist()}")
     if side not in ("right", "left"):
         raise ValueError(f'side must be "right" or "left"; got "{side}"')
+    j = torch.arange(len_k, device=lengths.device)
     real = j < lengths[:, None] if side == "right" else j >= len_k - lengths[:, None]
     return real[:, None, None, :]
 

@@ -1,0 +1,164 @@
+"""The attention implementations, all behind one door: ``model(x, mask=..., is_causal=...)``.
+
+To put a new class through the suite, add a line to :func:`implementations`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+D_MODEL = 6
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+TRAITS = {"cross", "mask", "bias", "scale", "weights", "unordered", *DTYPES}
+"""What an implementation may lack; a check names those that it needs."""
+
+
+class Projected(nn.Module):
+    """Attention around a function of q, k, v: x asks, context (x itself if absent) answers."""
+
+    def __init__(self, attend: Callable, weigh: Callable, n_heads: int, **projections: nn.Linear):
+        super().__init__()
+        self.attend, self.weigh, self.n_heads = attend, weigh, n_heads
+        for name, projection in projections.items():
+            self.add_module(name, projection)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, **terms) -> Tensor:
+        y = self.attend(*self._split(x, context), **terms)
+        return self.o_proj(rearrange(y, "b h n v -> b n (h v)"))
+
+    def attention_weights(self, x: Tensor, context: Tensor | None = None, **terms) -> Tensor:
+        return self.weigh(*self._split(x, context)[:2], **terms)
+
+    def _split(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
+        context = x if context is None else context
+        flat = self.q_proj(x), self.k_proj(context), self.v_proj(context)
+        return [rearrange(t, "b n (h k) -> b h n k", h=self.n_heads) for t in flat]
+
+
+def projections(n_heads: int, head_dim: int, v_head_dim: int) -> dict[str, nn.Linear]:
+    """Make the four projections that :class:`Projected` needs."""
+    return {
+        "q_proj": nn.Linear(D_MODEL, n_heads * head_dim, bias=False),
+        "k_proj": nn.Linear(D_MODEL, n_heads * head_dim, bias=False),
+        "v_proj": nn.Linear(D_MODEL, n_heads * v_head_dim, bias=False),
+        "o_proj": nn.Linear(n_heads * v_head_dim, D_MODEL, bias=False),
+    }
+
+
+def naive_weights(q, k, *, mask=None, is_causal=False, bias=None, scale=None):
+    """The equation, literally: e^score of each allowed key, over their sum; 0 without any."""
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if bias is None else scores + bias
+    allowed = torch.ones_like(scores, dtype=torch.bool)
+    if is_causal:
+        allowed = allowed.tril(k.shape[2] - q.shape[2])
+    if mask is not None:
+        allowed = allowed & mask
+    scores = scores.where(allowed, -torch.inf)
+    top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min).detach()
+    e = (scores - top).exp()
+    return e / e.sum(-1, keepdim=True).clamp(min=0.5)  # the sum is at least 1, or 0
+
+
+def naive(q, k, v, **terms):
+    """Weigh the values by :func:`naive_weights`."""
+    return naive_weights(q, k, **terms) @ v
+
+
+def same_projections(model: nn.Module, n_heads: int) -> nn.Module:
+    """Put the naive equation between the model's own projections."""
+    names = "q_proj", "k_proj", "v_proj", "o_proj"
+    return Projected(naive, naive_weights, n_heads, **{n: getattr(model, n) for n in names})
+
+
+def by_prefix(model: nn.Module, x: Tensor, stops: list[int]) -> Iterator[Tensor]:
+    """Decode in chunks that end at the stops: run all tokens so far, keep the newest rows."""
+    for start, stop in zip([0, *stops], stops, strict=False):
+        yield model(x[:, :stop], is_causal=True)[:, start:]
+
+
+def by_context(model: nn.Module, x: Tensor, stops: list[int]) -> Iterator[Tensor]:
+    """Decode in chunks that end at the stops: only the newest tokens ask, all so far answer."""
+    for start, stop in zip([0, *stops], stops, strict=False):
+        yield model(x[:, start:stop], context=x[:, :stop], is_causal=True)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute attention, and how to ask it.
+
+    ``build`` makes a module that is called with ``x``, in cross-attention also ``context``, and
+    with ``mask``, ``is_causal``, ``bias`` and ``scale``; ``lacks`` names what it cannot do.
+    ``oracle`` gives the equation with the module's weights; ``decode`` runs a sequence in chunks,
+    with a cache if there is one.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    padding_mask: Callable
+    n_heads: int = 1
+    lacks: frozenset[str] = frozenset()
+    oracle: Callable[[nn.Module, int], nn.Module] = same_projections
+    decode: Callable[[nn.Module, Tensor, list[int]], Iterator[Tensor]] = by_prefix
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """The dtypes that it computes in, most precise first."""
+        return [getattr(torch, name) for name in DTYPES if name not in self.lacks]
+
+    def draw(self, *shape: int, seed: int = 0) -> Tensor:
+        """Draw normal numbers in the most precise dtype."""
+        generator = torch.Generator().manual_seed(seed)
+        numbers = torch.randn(shape, dtype=torch.float64, generator=generator)
+        return numbers.to(self.device, self.dtypes[0])
+
+    def tokens(self, batch: int, length: int, seed: int = 1) -> Tensor:
+        """Draw sequences of tokens."""
+        return self.draw(batch, length, D_MODEL, seed=seed)
+
+    def mask(self, *shape: int, seed: int = 2) -> Tensor:
+        """Draw a mask that allows about two keys in three."""
+        return self.draw(*shape, seed=seed) > -0.4
+
+    def masked(self, *shape: int) -> dict[str, Tensor]:
+        """Give such a mask as a keyword, or nothing if masks are what it lacks."""
+        return {} if "mask" in self.lacks else {"mask": self.mask(*shape)}
+
+    def model(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Build it with weights, biases too, that make every term matter."""
+        model = self.build().to(self.device, self.dtypes[0])
+        with torch.no_grad():
+            for seed, parameter in enumerate(model.parameters()):
+                parameter.copy_(self.draw(*parameter.shape, seed=10 + seed) / 2)
+        return model.to(dtype)
+
+
+def implementations(attention: ModuleType, masks: ModuleType) -> list[Implementation]:
+    """List what the suite tests, of the modules given: the package's, or mutants of them."""
+    sdpa, weights = attention.scaled_dot_product_attention, attention.attention_weights
+    one = attention.SelfAttention
+    pad, alone = masks.padding_mask, frozenset({"cross", "bias", "scale"})
+    return [
+        Implementation(
+            "scaled_dot_product_attention",
+            lambda: Projected(sdpa, weights, 3, **projections(3, head_dim=4, v_head_dim=5)),
+            pad,
+            n_heads=3,
+            decode=by_context,
+        ),
+        Implementation("SelfAttention", lambda: one(d_model=D_MODEL), pad, lacks=alone),
+        Implementation(
+            "SelfAttention(head_dim, v_head_dim, bias)",
+            lambda: one(d_model=D_MODEL, head_dim=4, v_head_dim=5, bias=True),
+            pad,
+            lacks=alone,
+        ),
+    ]

@@ -1,0 +1,175 @@
+"""Break the package in one place at a time: each defect is caught, and each check catches one."""
+
+import inspect
+import itertools
+import sys
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import NamedTuple
+from unittest.mock import patch
+
+import pytest
+from conformance.checks import CHECKS, checks_for
+from conformance.implementations import Implementation, implementations
+
+import tfm_ref.attention
+import tfm_ref.masks
+
+
+class Mutant(NamedTuple):
+    """A defect, the check that must catch it, and the edit that makes it."""
+
+    defect: str
+    check: str
+    old: str
+    new: str
+
+
+SOFTMAX = "return scores.softmax(-1)\n"
+LOWEST = "torch.finfo(scores.dtype).min"
+FILL = f"scores.masked_fill(~mask, {LOWEST}).softmax(-1)"
+ZERO = "weights.masked_fill(~mask, 0.0)"
+WEIGH = 'einsum(weights, v, "b h n m, b h m v -> b h n v")'
+SCALE = "q.shape[-1] ** -0.5 if scale is None else scale"
+CAUSAL = "(j <= i)[None, None]"
+ASKED = "if is_causal:"
+JOIN = "mask & causal"
+BIAS = "scores = scores + bias"
+CHECK = "check_mask(mask, shape)\n    if"
+KV = "self.k_proj(x), self.v_proj(x)"
+
+MUTANTS = [
+    Mutant(defect, f"check_{check}", old, new)
+    for defect, check, old, new in [
+        ("scale missing", "equation", SCALE, "1.0 if scale is None else scale"),
+        ("scale by d, not by its root", "equation", "** -0.5", "** -1"),
+        ("keys taken for values", "equation", WEIGH, WEIGH.replace(" v,", " k,")),
+        ("k and v swapped", "equation", KV, "self.v_proj(x), self.k_proj(x)"),
+        ("no gradient through weights", "gradients", WEIGH, WEIGH.replace("s,", "s.detach(),")),
+        ("softmax over queries", "weights", SOFTMAX, SOFTMAX.replace("-1", "-2")),
+        ("masked softmax over queries", "weights", FILL, FILL.replace("-1", "-2")),
+        ("weights not normalised", "weights", FILL, FILL.replace("softmax(-1)", "exp()")),
+        ("bias subtracted", "bias", BIAS, "scores = scores - bias"),
+        ("bias scaled", "bias", BIAS, "scores = scores + bias * q.shape[-1] ** -0.5"),
+        ("scale 0 taken for absent", "scale", SCALE, "scale or q.shape[-1] ** -0.5"),
+        ("always causal", "permutation", ASKED, "if True:"),
+        ("never causal", "permutation", ASKED, "if False:"),
+        ("causal sees one token ahead", "causality", CAUSAL, "(j <= i + 1)[None, None]"),
+        ("causal is blind to itself", "causality", CAUSAL, "(j < i)[None, None]"),
+        ("causal sees the future only", "causality", CAUSAL, "(j >= i)[None, None]"),
+        (
+            "gradient leaks from the future",
+            "causality_of_gradients",
+            f"return {ZERO}",
+            f"return {ZERO} + (scores - scores.detach())",
+        ),
+        ("mask inverted", "mask_meaning", FILL, FILL.replace("~", "")),
+        ("mask transposed", "mask_meaning", FILL, FILL.replace("~mask", "~mask.mT")),
+        (
+            "mask added",
+            "mask_meaning",
+            f"{FILL}\n    return {ZERO}",
+            "(scores + mask).softmax(-1)\n    return weights",
+        ),
+        (
+            "mask ignored where lengths differ",
+            "mask_meaning_across",
+            CHECK,
+            CHECK.replace("\n", "; mask = mask | (shape[2] != shape[3])\n"),
+        ),
+        ("or instead of and", "causal_and_mask", JOIN, "mask | causal"),
+        ("mask dropped if causal", "causal_and_mask", JOIN, "causal"),
+        ("blind query takes the mean", "nothing_to_see", ZERO, "weights"),
+        (
+            "blind query gives NaN",
+            "nothing_to_see",
+            f"{FILL}\n    return {ZERO}",
+            "scores.masked_fill(~mask, -torch.inf).softmax(-1)\n    return weights",
+        ),
+        ("blind query passes a NaN back", "nothing_to_see", LOWEST, "-torch.inf"),
+        ("padding hides queries", "padding", "real[:, None, None, :]", "real[:, None, :, None]"),
+        ("padding on the other side", "padding", 'if side == "right"', 'if side == "left"'),
+        (
+            "padding one token too long",
+            "padding",
+            "j < lengths[:, None]",
+            "j < lengths[:, None] - 1",
+        ),
+        ("aligned at the top left", "rectangles", "[:, None] + (len_k - len_q)", "[:, None]"),
+        ("second chunk sees all", "chunks", ASKED, "if is_causal and shape[2] == shape[3]:"),
+        (
+            "one mask for the whole batch",
+            "batch",
+            CHECK,
+            CHECK.replace("\n", "; mask = mask.any(0, keepdim=True)\n"),
+        ),
+        (
+            "softmax overflows",
+            "large_scores",
+            SOFTMAX,
+            "return scores.exp() / scores.exp().sum(-1, keepdim=True)\n",
+        ),
+        ("output in float32", "dtype_and_device", WEIGH, f"{WEIGH}.float()"),
+        ("weights in bfloat16", "low_precision", FILL, f"{FILL}.bfloat16().to(q.dtype)"),
+        (
+            "a buffer in the state",
+            "state",
+            "self.d_model =",
+            "self.register_buffer('size', torch.ones(1)); self.d_model =",
+        ),
+        (
+            "contiguous tokens needed",
+            "strides",
+            "self.q_proj(x)",
+            "self.q_proj(x.view(-1).view(x.shape))",
+        ),
+        ("weights after dropout", "repeatable", WEIGH, f"nn.functional.dropout({WEIGH}, 0.5)"),
+        ("mask changed in place", "inputs_untouched", JOIN, "mask.logical_and_(causal)"),
+        ("integers accepted", "wrong_masks_refused", "mask.dtype != torch.bool", "False"),
+        ("any shape accepted", "wrong_masks_refused", 'check_axes("mask", mask, shape)', "pass"),
+        ("bias not checked", "wrong_bias_refused", "_check_bias(bias, scores, shape)\n", "pass\n"),
+        ("empty input accepted", "empty_refused", "if 0 in t.shape:", "if False:"),
+    ]
+]
+
+
+def broken(old: str = "", new: str = "") -> list[Implementation]:
+    """List the implementations of the package after one edit, annotations not enforced."""
+    modules = tfm_ref.masks, tfm_ref.attention
+    sources = [inspect.getsource(module) for module in modules]
+    if old:
+        assert sum(source.count(old) for source in sources) == 1, f"not exactly once: {old}"
+        sources = [source.replace(old, new) for source in sources]
+    copies = {module.__name__: ModuleType(module.__name__) for module in modules}
+    with patch.dict(sys.modules, copies):  # so that attention imports the masks beside it
+        for (name, copy), source in zip(copies.items(), sources, strict=True):
+            exec(compile(source, f"<copy of {name}>", "exec"), vars(copy))
+    masks, attention = copies.values()
+    return implementations(attention, masks)
+
+
+def failures(suite: list[Implementation], checks: Iterable[Callable] = CHECKS) -> dict[str, str]:
+    """Run the checks that apply: name those that fail for any implementation, and how."""
+    failed = {}
+    for check, implementation in itertools.product(checks, suite):
+        if check in checks_for(implementation):
+            try:
+                check(implementation)
+            except Exception as error:
+                failed.setdefault(check.__name__, f"{implementation}: {error!r}")
+    return failed
+
+
+def test_the_unbroken_source_passes():
+    assert failures(broken()) == {}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.defect}-{m.check}")
+def test_mutant_is_caught(mutant):
+    suite = broken(mutant.old, mutant.new)
+    if not failures(suite, [check for check in CHECKS if check.__name__ == mutant.check]):
+        raise AssertionError(f"{mutant.check} lets it pass; others: {failures(suite)}")
+
+
+def test_every_check_catches_a_mutant():
+    assert {mutant.check for mutant in MUTANTS} == {check.__name__ for check in CHECKS}

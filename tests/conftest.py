@@ -1,0 +1,35 @@
+"""What all tests share. Loaded before anything imports tfm_ref."""
+
+import os
+from importlib.util import find_spec
+
+import jaxtyping
+import pytest
+
+# Every shape annotation of tfm_ref is enforced from here on, in its doctests too.
+# A GPU machine may lack beartype; `make test` installs it.
+if find_spec("beartype"):
+    jaxtyping.install_import_hook("tfm_ref", "beartype.beartype")
+pytest.register_assert_rewrite("conformance.checks")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Start every test from the same random numbers."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Name the device under test: cpu, unless TFM_REF_DEVICE says otherwise."""
+    return os.environ.get("TFM_REF_DEVICE", "cpu")
+
+
+@pytest.fixture
+def no_shape_checks(monkeypatch):
+    """Let wrong shapes reach the package's own errors: annotations would refuse them first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
