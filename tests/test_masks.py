@@ -103,7 +103,7 @@ REFUSED = [
     (prefix_mask, (3,), {"prefix": -1}, "prefix must lie between 0 and len_k (3); got -1"),
     (padding_mask, (torch.tensor([2, 4]), 3), {}, f"{OUTSIDE} [2, 4]"),
     (padding_mask, (torch.tensor([-1]), 3), {}, f"{OUTSIDE} [-1]"),
-    (padding_mask, (torch.tensor([0]), 0), {}, f"{EMPTY} 1 and 0"),
+    (padding_mask, (torch.tensor([0]), 0), {}, "len_k must be at least 1; got 0"),
     (
         padding_mask,
         (torch.tensor([1]), 3),
