@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette: distinct for colour-blind readers."""
+"""Okabe and Ito's palette, distinct for colour-blind readers."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """One marker per colour, so that curves stay apart in grey."""
