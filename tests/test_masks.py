@@ -89,21 +89,25 @@ def test_window_counts_the_keys_in_sight(len_q, len_k, window):
     assert torch.equal(seen, (positions + 1).clamp(0, window))
 
 
-EMPTY = "len_q and len_k must be at least 1; got"
+SIZE = "must be an integer of at least 1; got"
+PREFIX = "prefix must be an integer from 0 to 3; got"
 OUTSIDE = "lengths must lie between 0 and len_k (3); got"
 REFUSED = [
-    (causal_mask, (0,), {}, f"{EMPTY} 0 and 0"),
-    (causal_mask, (2, 0), {}, f"{EMPTY} 2 and 0"),
-    (causal_mask, (-1, 3), {}, f"{EMPTY} -1 and 3"),
-    (sliding_window_mask, (0, 3), {"window": 2}, f"{EMPTY} 0 and 3"),
-    (sliding_window_mask, (3,), {"window": 0}, "window must be at least 1; got 0"),
-    (sliding_window_mask, (3,), {"window": -2}, "window must be at least 1; got -2"),
-    (prefix_mask, (3, 0), {"prefix": 0}, f"{EMPTY} 3 and 0"),
-    (prefix_mask, (3,), {"prefix": 4}, "prefix must lie between 0 and len_k (3); got 4"),
-    (prefix_mask, (3,), {"prefix": -1}, "prefix must lie between 0 and len_k (3); got -1"),
+    (causal_mask, (0,), {}, f"len_q {SIZE} 0"),
+    (causal_mask, (2, 0), {}, f"len_k {SIZE} 0"),
+    (causal_mask, (-1, 3), {}, f"len_q {SIZE} -1"),
+    (causal_mask, (2.5,), {}, f"len_q {SIZE} 2.5"),
+    (sliding_window_mask, (0, 3), {"window": 2}, f"len_q {SIZE} 0"),
+    (sliding_window_mask, (3,), {"window": 0}, f"window {SIZE} 0"),
+    (sliding_window_mask, (3,), {"window": -2}, f"window {SIZE} -2"),
+    (sliding_window_mask, (3,), {"window": 1.5}, f"window {SIZE} 1.5"),
+    (prefix_mask, (3, 0), {"prefix": 0}, f"len_k {SIZE} 0"),
+    (prefix_mask, (3,), {"prefix": 4}, f"{PREFIX} 4"),
+    (prefix_mask, (3,), {"prefix": -1}, f"{PREFIX} -1"),
+    (prefix_mask, (3,), {"prefix": 1.0}, f"{PREFIX} 1.0"),
     (padding_mask, (torch.tensor([2, 4]), 3), {}, f"{OUTSIDE} [2, 4]"),
     (padding_mask, (torch.tensor([-1]), 3), {}, f"{OUTSIDE} [-1]"),
-    (padding_mask, (torch.tensor([0]), 0), {}, "len_k must be at least 1; got 0"),
+    (padding_mask, (torch.tensor([0]), 0), {}, f"len_k {SIZE} 0"),
     (
         padding_mask,
         (torch.tensor([1]), 3),
@@ -118,7 +122,13 @@ REFUSED = [
             "lengths must be a vector of integers, one per sequence; "
             f"got {wrong.dtype} of shape {tuple(wrong.shape)}",
         )
-        for wrong in (torch.tensor([[1]]), torch.tensor(1), torch.ones(2), torch.ones(2) > 0)
+        for wrong in (
+            torch.tensor([[1]]),
+            torch.tensor(1),
+            torch.ones(2),
+            torch.ones(2) > 0,
+            torch.ones(2) * 1j,
+        )
     ],
 ]
 

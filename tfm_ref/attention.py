@@ -27,7 +27,8 @@ def attention_weights(
         mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
         is_causal: let a query see no later key; aligned at the bottom right, so that the last
             query sees the last key. Joined with ``mask`` by AND.
-        bias: finite numbers added to the scaled scores; each axis of size 1 or full.
+        bias: finite numbers added to the scaled scores; each axis of size 1 or full. What is
+            forbidden goes through ``mask``: a row of -inf would give NaN.
         scale: factor of the dot products; 1/√head_dim if not given.
 
     Returns:
@@ -36,7 +37,8 @@ def attention_weights(
 
     Raises:
         ValueError: if q or k has not four axes, an axis is empty, batch, heads or width differ,
-            dtypes or devices differ, the dtype is not floating, or mask or bias does not fit.
+            devices or (autocast apart) dtypes differ, the dtype is not floating, or mask or
+            bias does not fit in dtype, axes or device.
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1, equation (1). The
@@ -50,22 +52,22 @@ def attention_weights(
         tensor([[[[0.2689, 0.7311]]]])
     """
     _check_inputs(q=q, k=k)
-    shape = (*q.shape[:3], k.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = einsum(q * scale, k, "b h n k, b h m k -> b h n m")
     if bias is not None:
-        _check_bias(bias, scores, shape)
+        _check_bias(bias, scores)
         scores = scores + bias
     if mask is not None:
-        check_mask(mask, shape)
+        check_mask(mask, scores)
     if is_causal:
-        causal = causal_mask(*shape[2:], device=q.device)
+        causal = causal_mask(*scores.shape[2:], device=q.device)
         mask = causal if mask is None else mask & causal
     if mask is None:
         return scores.softmax(-1)
-    # The lowest finite number, not -inf: in a row without any allowed key -inf makes a NaN, here
-    # and on the way back. The second fill then turns that row to 0.
-    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+    # A query without any allowed key would get softmax(-inf, ...) = NaN, and pass it back. Its
+    # scores are set to 0 before the softmax and its weights to 0 after it.
+    blind = ~mask.any(-1, keepdim=True)
+    weights = scores.masked_fill(~mask, -torch.inf).masked_fill(blind, 0.0).softmax(-1)
     return weights.masked_fill(~mask, 0.0)
 
 
@@ -87,11 +89,13 @@ def scaled_dot_product_attention(
     Args:
         q: queries.
         k: keys.
-        v: values; their width v_head_dim may differ from head_dim.
+        v: values, finite also where masked, since 0 · NaN is NaN; their width v_head_dim may
+            differ from head_dim.
         mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
         is_causal: let a query see no later key; aligned at the bottom right, so that the last
             query sees the last key. Joined with ``mask`` by AND.
-        bias: finite numbers added to the scaled scores; each axis of size 1 or full.
+        bias: finite numbers added to the scaled scores; each axis of size 1 or full. What is
+            forbidden goes through ``mask``: a row of -inf would give NaN.
         scale: factor of the dot products; 1/√head_dim if not given.
 
     Returns:
@@ -178,8 +182,13 @@ class SelfAttention(nn.Module):
             The mixed tokens, shaped like x.
 
         Raises:
-            ValueError: if x has not the shape (batch, length, d_model), is empty, or the mask
-                does not fit.
+            ValueError: if x has not the shape (batch, length, d_model), is empty, has not the
+                device or (autocast apart) the dtype of the layer, or the mask does not fit.
+
+        Example:
+            >>> x, layer = torch.randn(1, 3, 8), SelfAttention(d_model=8)
+            >>> torch.equal(layer(x, is_causal=True)[:, :2], layer(x[:, :2], is_causal=True))
+            True
         """
         q, k, v = self._project(x)
         y = scaled_dot_product_attention(q, k, v, mask=mask, is_causal=is_causal)
@@ -192,16 +201,30 @@ class SelfAttention(nn.Module):
         mask: Bool[Tensor, "#b 1 #n #n"] | None = None,
         is_causal: bool = False,
     ) -> Float[Tensor, "b 1 n n"]:
-        """Show the weights that :meth:`forward` uses for the same arguments."""
+        """Show the weights that :meth:`forward` uses.
+
+        Args:
+            x: tokens.
+            mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
+            is_causal: let a token see no later one. Joined with ``mask`` by AND.
+
+        Returns:
+            Weights of shape (batch, 1, length, length), as :func:`attention_weights` gives.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
         q, k, _ = self._project(x)
         return attention_weights(q, k, mask=mask, is_causal=is_causal)
 
     def _project(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
         """Make queries, keys and values, each with a heads axis of size 1."""
-        if x.ndim != 3 or x.shape[-1] != self.d_model:
+        if x.ndim != 3 or x.shape[-1] != self.d_model or 0 in x.shape:
             raise ValueError(
-                f"x must have shape (batch, length, d_model = {self.d_model}); got {tuple(x.shape)}"
+                f"x must have shape (batch, length, d_model = {self.d_model}) and not be empty; "
+                f"got {tuple(x.shape)}"
             )
+        _check_same_kind("the layer", self.q_proj.weight, "x", x)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         return q[:, None], k[:, None], v[:, None]
 
@@ -219,11 +242,7 @@ def _check_inputs(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be floating point; got {t.dtype}")
     q, k, v = tensors["q"], tensors["k"], tensors.get("v")
     for name, t in tensors.items():
-        if t.dtype != q.dtype or t.device != q.device:
-            raise ValueError(
-                f"q and {name} must have the same dtype and device; "
-                f"got {q.dtype} on {q.device} and {t.dtype} on {t.device}"
-            )
+        _check_same_kind("q", q, name, t)
         if t.shape[:2] != q.shape[:2]:
             raise ValueError(
                 f"q and {name} must have the same batch and heads; "
@@ -235,11 +254,21 @@ def _check_inputs(**tensors: Tensor) -> None:
         raise ValueError(f"k and v must have the same length; got {k.shape[2]} and {v.shape[2]}")
 
 
-def _check_bias(bias: Tensor, scores: Tensor, shape: tuple[int, int, int, int]) -> None:
-    """Refuse a bias that would change the dtype of the scores or not line up with them."""
-    if bias.dtype != scores.dtype:
+def _check_same_kind(name: str, wanted: Tensor, other: str, t: Tensor) -> None:
+    """Refuse another device, or another dtype where autocast does not bring them together."""
+    mixed = t.dtype != wanted.dtype and not torch.is_autocast_enabled(t.device.type)
+    if mixed or t.device != wanted.device:
         raise ValueError(
-            f"bias must have the dtype of the scores ({scores.dtype}); got {bias.dtype}. "
-            "A boolean mask goes through mask."
+            f"{name} and {other} must have the same dtype and device; "
+            f"got {wanted.dtype} on {wanted.device} and {t.dtype} on {t.device}"
         )
-    check_axes("bias", bias, shape)
+
+
+def _check_bias(bias: Tensor, scores: Tensor) -> None:
+    """Refuse a bias that is no number to add to a score, or does not line up with the scores."""
+    if not bias.is_floating_point():
+        raise ValueError(
+            f"bias must be floating point; got {bias.dtype}. A boolean mask goes through mask."
+        )
+    _check_same_kind("the scores", scores, "bias", bias)
+    check_axes("bias", bias, scores)

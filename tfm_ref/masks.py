@@ -30,7 +30,7 @@ def causal_mask(
         Mask of shape (1, 1, len_q, len_k), True = may attend.
 
     Raises:
-        ValueError: if a length is below 1.
+        ValueError: if a length is not an integer of at least 1.
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need", section 3.2.3. PyTorch's ``is_causal``
@@ -66,7 +66,7 @@ def sliding_window_mask(
         Mask of shape (1, 1, len_q, len_k), True = may attend.
 
     Raises:
-        ValueError: if a length or the window is below 1.
+        ValueError: if a length or the window is not an integer of at least 1.
 
     Reference:
         Jiang et al. 2023, "Mistral 7B", section 2.
@@ -77,8 +77,7 @@ def sliding_window_mask(
                 [1, 1, 0],
                 [0, 1, 1]], dtype=torch.int32)
     """
-    if window < 1:
-        raise ValueError(f"window must be at least 1; got {window}")
+    _check_size("window", window)
     i, j = _positions(len_q, len_k, device)
     return ((j <= i) & (j > i - window))[None, None]
 
@@ -104,7 +103,8 @@ def prefix_mask(
         Mask of shape (1, 1, len_q, len_k), True = may attend.
 
     Raises:
-        ValueError: if a length is below 1, or the prefix below 0 or above len_k.
+        ValueError: if a length is not an integer of at least 1, or the prefix not an integer
+            from 0 to len_k.
 
     Reference:
         Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified
@@ -117,8 +117,7 @@ def prefix_mask(
                 [1, 1, 1]], dtype=torch.int32)
     """
     i, j = _positions(len_q, len_k, device)
-    if not 0 <= prefix <= j.numel():
-        raise ValueError(f"prefix must lie between 0 and len_k ({j.numel()}); got {prefix}")
+    _check_size("prefix", prefix, least=0, most=j.numel())
     return ((j < prefix) | (j <= i))[None, None]
 
 
@@ -129,6 +128,7 @@ def padding_mask(
 
     ``mask[b, 0, 0, j] = (j < lengths[b])``, or ``(j >= len_k - lengths[b])`` if the padding
     stands on the left. Queries are never hidden: what a padded position computes is unused.
+    The lengths are read to check them, so build this mask outside of a compiled region.
 
     Args:
         lengths: number of real tokens of each sequence, 0 to len_k.
@@ -139,21 +139,21 @@ def padding_mask(
         Mask of shape (batch, 1, 1, len_k), True = may attend.
 
     Raises:
-        ValueError: if lengths is not a vector of integers, if len_k is below 1, if a length
-            lies outside 0 to len_k, or if side is neither "right" nor "left".
+        ValueError: if lengths is not a vector of integers, if len_k is not an integer of at
+            least 1, if a length lies outside 0 to len_k, or if side is neither "right" nor
+            "left".
 
     Example:
         >>> padding_mask(torch.tensor([3, 1]), 3)[:, 0, 0].int()
         tensor([[1, 1, 1],
                 [1, 0, 0]], dtype=torch.int32)
     """
-    if lengths.ndim != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
+    if lengths.ndim != 1 or lengths.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             "lengths must be a vector of integers, one per sequence; "
             f"got {lengths.dtype} of shape {tuple(lengths.shape)}"
         )
-    if len_k < 1:
-        raise ValueError(f"len_k must be at least 1; got {len_k}")
+    _check_size("len_k", len_k)
     if ((lengths < 0) | (lengths > len_k)).any():
         raise ValueError(f"lengths must lie between 0 and len_k ({len_k}); got {lengths.tolist()}")
     if side not in ("right", "left"):
@@ -163,43 +163,51 @@ def padding_mask(
     return real[:, None, None, :]
 
 
-def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
+def check_mask(mask: Tensor, scores: Tensor) -> None:
     """Refuse a mask that is not boolean or does not line up with the scores axis by axis.
+
+    For every function that takes a mask.
 
     Args:
         mask: the mask to check.
-        shape: the shape (batch, heads, len_q, len_k) of the scores.
+        scores: the scores (batch, heads, len_q, len_k) that it is to act on.
 
     Raises:
-        ValueError: if the mask is not boolean, has not four axes, or an axis is neither 1 nor
-            the full size.
+        ValueError: if the mask is no boolean tensor, has not four axes, has an axis that is
+            neither 1 nor the full size, or lies on another device.
 
     Example:
-        >>> check_mask(torch.ones(4, 4, dtype=torch.bool), (4, 1, 4, 4))
+        >>> check_mask(torch.ones(4, 4).bool(), torch.zeros(4, 1, 4, 4))
         Traceback (most recent call last):
         ValueError: mask must have 4 axes (batch, heads, len_q, len_k), each of size 1 or that \
 of the scores (4, 1, 4, 4); got (4, 4). Write mask[None, None] for one (len_q, len_k) mask, \
 mask[:, None] for a (batch, len_q, len_k) mask, mask[:, None, None] for a (batch, len_k) mask.
     """
-    if mask.dtype != torch.bool:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise ValueError(
-            f"mask must be boolean (True = may attend); got {mask.dtype}. "
+            "mask must be a boolean tensor (True = may attend); "
+            f"got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}. "
             "An additive term goes through bias."
         )
-    check_axes("mask", mask, shape)
+    check_axes("mask", mask, scores)
 
 
-def check_axes(name: str, term: Tensor, shape: tuple[int, int, int, int]) -> None:
+def check_axes(name: str, term: Tensor, scores: Tensor) -> None:
     """Refuse a mask or bias whose axes do not line up one by one with those of the scores.
 
     Args:
         name: what the message calls the term.
         term: the tensor to check.
-        shape: the shape (batch, heads, len_q, len_k) of the scores.
+        scores: the scores (batch, heads, len_q, len_k) that it is to act on.
 
     Raises:
-        ValueError: if the term has not four axes, or an axis is neither 1 nor the full size.
+        ValueError: if the term has not four axes, has an axis that is neither 1 nor the full
+            size, or lies on another device.
+
+    Example:
+        >>> check_axes("bias", torch.zeros(1, 1, 4, 4), torch.zeros(2, 8, 4, 4))
     """
+    shape = tuple(scores.shape)
     if term.ndim != 4 or any(t not in (1, s) for t, s in zip(term.shape, shape, strict=False)):
         raise ValueError(
             f"{name} must have 4 axes (batch, heads, len_q, len_k), each of size 1 or that of "
@@ -208,6 +216,10 @@ def check_axes(name: str, term: Tensor, shape: tuple[int, int, int, int]) -> Non
             f"{name}[:, None] for a (batch, len_q, len_k) {name}, "
             f"{name}[:, None, None] for a (batch, len_k) {name}."
         )
+    if term.device != scores.device:
+        raise ValueError(
+            f"{name} must be on the device of the scores ({scores.device}); got {term.device}"
+        )
 
 
 def _positions(
@@ -215,7 +227,14 @@ def _positions(
 ) -> tuple[Int[Tensor, "n 1"], Int[Tensor, " m"]]:
     """Number queries and keys on one ruler on which the last query meets the last key."""
     len_k = len_q if len_k is None else len_k
-    if len_q < 1 or len_k < 1:
-        raise ValueError(f"len_q and len_k must be at least 1; got {len_q} and {len_k}")
+    _check_size("len_q", len_q)
+    _check_size("len_k", len_k)
     i = torch.arange(len_q, device=device)[:, None] + (len_k - len_q)
     return i, torch.arange(len_k, device=device)
+
+
+def _check_size(name: str, size: int, *, least: int = 1, most: int | None = None) -> None:
+    """Refuse a size that is not an integer, too small, or too large."""
+    if isinstance(size, float) or size < least or (most is not None and size > most):
+        bound = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an integer {bound}; got {size}")

@@ -31,8 +31,12 @@ METADATA = {
 SECTIONS_WITHOUT_CODE = {"Summary"}
 LARGEST = 600_000  # bytes
 CALLS = {"check", "refute", "attempt"}
-MACHINE_SPECIFIC = re.compile(r"/(home|root|tmp|usr|Users|content)/|[A-Z]:\\|\b0x[0-9a-f]{6,}")
-SKIPPED = re.compile(r"nbval|raises-exception|skip-execution", re.IGNORECASE)
+MARKS = "✓✗☐☑"  # what these calls print, each at the head of a line
+SHOWN = {"text/plain", "text/markdown", "image/png"}  # what is compared
+MACHINE_SPECIFIC = re.compile(
+    r"/(home|root|tmp|usr|Users|content)/|[A-Z]:\\|\b0x[0-9a-f]{6,}|\+cpu\b|\+cu\d|\bcuda:\d"
+)
+SKIPPED = re.compile(r"nbval|pytest_validate|raises-exception|skip-execution", re.IGNORECASE)
 
 
 def read_text(path: Path) -> NotebookNode:
@@ -87,40 +91,56 @@ def problems(path: Path) -> list[str]:
     if is_stale(path):
         return ["the text has changed since the notebook was built: run `make notebooks`"]
     notebook = nbformat.read(built, 4)
+    cells = code_cells(notebook)
     found = []
-    counts = [cell.execution_count for cell in code_cells(notebook)]
+    counts = [cell.execution_count for cell in cells]
     if counts != list(range(1, len(counts) + 1)):
         found.append(f"cells were not run once each from top to bottom: {counts}")
-    if not any(cell.outputs for cell in code_cells(notebook)):
+    if not any(cell.outputs for cell in cells):
         found.append("all outputs were stripped")
     if built.stat().st_size > LARGEST:
         found.append(f"{built.stat().st_size:,} bytes; at most {LARGEST:,} are allowed")
-    for section, cells in sections(notebook).items():
-        calls = [call for cell in cells for call in claims(cell)]
-        if not calls and section not in SECTIONS_WITHOUT_CODE:
+    for section, members in sections(notebook).items():
+        if section not in SECTIONS_WITHOUT_CODE and not any(map(claims, members)):
             found.append(f'section "{section}" checks nothing')
-    marks = "".join(o.get("text", "")[:1] for c in code_cells(notebook) for o in c.outputs)
-    marks = re.sub("[^☐☑]", "", marks)
+    titles = re.findall(r"^## (.+)$", prose(notebook), re.M)
+    if not titles or len(titles) > len(set(titles)):
+        found.append("it needs ## headings, each another")
+    if re.search(r"^\s*(```|~~~)", prose(notebook), re.M):
+        found.append("code in the prose is never run")
+    marks = "".join(re.findall("^[☐☑]", "\n".join(map(printed, cells)), re.M))
     if marks != "☐☑" * (len(marks) // 2):
         found.append(f"each exercise must fail before its solution and pass after it: {marks}")
-    for cell in code_cells(notebook):
-        found += [f"cell {cell.execution_count}: {p}" for p in cell_problems(cell)]
+    constants = literal_names(cells)
+    for cell in cells:
+        where = f"cell {cell.execution_count}: "
+        found += [where + problem for problem in cell_problems(cell, constants)]
     return found
 
 
-def cell_problems(cell: NotebookNode) -> list[str]:
-    """List what is wrong with one code cell."""
+def cell_problems(cell: NotebookNode, constants: set[str]) -> list[str]:
+    """List what is wrong with one code cell, given the names that hold nothing but literals."""
     found = []
-    for name, evidence in claims(cell):
-        if not depends_on_a_name(evidence):
+    calls = claims(cell)
+    for name, evidence in calls:
+        if not names_in(evidence) - constants:
             found.append(f"the evidence of {name} is a literal: {ast.unparse(evidence)}")
+    if cell.outputs and len(re.findall(f"^[{MARKS}]", printed(cell), re.M)) != len(calls):
+        found.append(f"it has {len(calls)} calls of check, refute or attempt, and prints others")
+    if set(MARKS) & set(cell.source):
+        found.append(f"only check, refute and attempt print one of {MARKS}")
     if SKIPPED.search(cell.source + str(cell.metadata.get("tags", ""))):
         found.append("it asks not to be compared")
+    if re.search(r"__version__|version_info", cell.source):
+        found.append("it speaks of a version")
     for output in cell.outputs:
-        text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
+        data = output.get("data", {})
         if output.get("name") == "stderr" or output.output_type == "error":
             found.append(f"it stores {output.get('name', 'an error')}")
-        if match := MACHINE_SPECIFIC.search(text):
+        if data.keys() - SHOWN:
+            found.append(f"it shows {', '.join(data.keys() - SHOWN)}, which is not compared")
+        text = [output.get("text", ""), *(v for k, v in data.items() if k.startswith("text"))]
+        if match := MACHINE_SPECIFIC.search("\n".join(text)):
             found.append(f"its output speaks of one machine: {match.group()!r}")
     if any("image/png" in output.get("data", {}) for output in cell.outputs):
         myst = cell.metadata.get("mystnb", {})
@@ -147,21 +167,46 @@ def sections(notebook: NotebookNode) -> dict[str, list[NotebookNode]]:
     return found
 
 
+def prose(notebook: NotebookNode) -> str:
+    """Join the cells that do not run."""
+    return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type != "code")
+
+
+def printed(cell: NotebookNode) -> str:
+    """Join what a cell prints."""
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+def parse(cell: NotebookNode) -> ast.Module:
+    """Parse a cell, magics included."""
+    return ast.parse(TransformerManager().transform_cell(cell.source))
+
+
 def claims(cell: NotebookNode) -> list[tuple[str, ast.expr]]:
     """Find the calls of check, refute and attempt with the evidence that each is given."""
-    tree = ast.parse(TransformerManager().transform_cell(cell.source))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    calls = [node for node in ast.walk(parse(cell)) if isinstance(node, ast.Call)]
+    named = [(getattr(call.func, "id", getattr(call.func, "attr", "")), call) for call in calls]
     return [
-        (call.func.id, call.args[-1])
-        for call in calls
-        if isinstance(call.func, ast.Name) and call.func.id in CALLS
+        (name, [*call.args, *(keyword.value for keyword in call.keywords)][-1])
+        for name, call in named
+        if name in CALLS and (call.args or call.keywords)
     ]
 
 
-def depends_on_a_name(evidence: ast.expr) -> bool:
-    """Say whether an expression uses anything but literals and Python's own functions."""
-    names = {node.id for node in ast.walk(evidence) if isinstance(node, ast.Name)}
-    return bool(names - set(dir(builtins)))
+def names_in(expression: ast.expr) -> set[str]:
+    """Give the names that an expression reads, Python's own functions left out."""
+    nodes = [node for node in ast.walk(expression) if isinstance(node, ast.Name)]
+    bound = {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
+    return {node.id for node in nodes} - bound - set(dir(builtins))
+
+
+def literal_names(cells: list[NotebookNode]) -> set[str]:
+    """Give the names that are bound, and to nothing but literals."""
+    literal, computed = set(), set()
+    for node in (node for cell in cells for node in ast.walk(parse(cell))):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            (computed if names_in(node.value) else literal).add(node.targets[0].id)
+    return literal - computed
 
 
 def main() -> int:
@@ -179,8 +224,8 @@ def main() -> int:
     found = [f"{path.name}: {p}" for path in texts for p in problems(path)]
     found += [
         f"{built.name}: it has no text"
-        for built in arguments.folder.glob("*.ipynb")
-        if not built.with_suffix(".md").exists()
+        for built in arguments.folder.rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in built.parts and not built.with_suffix(".md").exists()
     ]
     print("\n".join(found) or f"{len(texts)} notebooks agree with their texts")
     return bool(found)

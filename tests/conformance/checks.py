@@ -225,6 +225,15 @@ def check_large_scores(a):
             assert_close(y, a.oracle(model, a.n_heads)(x, is_causal=is_causal))
 
 
+@needs("weights", "mask", "bias")
+def check_lowest_scores(a):
+    """Allowed keys share all the weight, even with the lowest scores that there are."""
+    model, x, mask = a.model(), a.tokens(2, 4), a.mask(2, a.n_heads, 4, 4)
+    bias = mask.to(x.dtype) * torch.finfo(x.dtype).min
+    sums = model.attention_weights(x, mask=mask, bias=bias).sum(-1)
+    assert_close(sums, mask.any(-1).to(sums.dtype))
+
+
 @needs("float64")
 def check_gradients(a):
     """Gradients of tokens and weights are those of finite differences, blind queries included."""

@@ -26,8 +26,7 @@ class Mutant(NamedTuple):
 
 
 SOFTMAX = "return scores.softmax(-1)\n"
-LOWEST = "torch.finfo(scores.dtype).min"
-FILL = f"scores.masked_fill(~mask, {LOWEST}).softmax(-1)"
+FILL = "scores.masked_fill(~mask, -torch.inf).masked_fill(blind, 0.0).softmax(-1)"
 ZERO = "weights.masked_fill(~mask, 0.0)"
 WEIGH = 'einsum(weights, v, "b h n m, b h m v -> b h n v")'
 SCALE = "q.shape[-1] ** -0.5 if scale is None else scale"
@@ -35,7 +34,7 @@ CAUSAL = "(j <= i)[None, None]"
 ASKED = "if is_causal:"
 JOIN = "mask & causal"
 BIAS = "scores = scores + bias"
-CHECK = "check_mask(mask, shape)\n    if"
+CHECK = "check_mask(mask, scores)\n    if"
 KV = "self.k_proj(x), self.v_proj(x)"
 
 MUTANTS = [
@@ -75,7 +74,7 @@ MUTANTS = [
             "mask ignored where lengths differ",
             "mask_meaning_across",
             CHECK,
-            CHECK.replace("\n", "; mask = mask | (shape[2] != shape[3])\n"),
+            CHECK.replace("\n", "; mask = mask | (q.shape[2] != k.shape[2])\n"),
         ),
         ("or instead of and", "causal_and_mask", JOIN, "mask | causal"),
         ("mask dropped if causal", "causal_and_mask", JOIN, "causal"),
@@ -86,7 +85,13 @@ MUTANTS = [
             f"{FILL}\n    return {ZERO}",
             "scores.masked_fill(~mask, -torch.inf).softmax(-1)\n    return weights",
         ),
-        ("blind query passes a NaN back", "nothing_to_see", LOWEST, "-torch.inf"),
+        ("blind query passes a NaN back", "nothing_to_see", ".masked_fill(blind, 0.0)", ""),
+        (
+            "the lowest number for -inf",
+            "lowest_scores",
+            "scores.masked_fill(~mask, -torch.inf)",
+            "scores.masked_fill(~mask, torch.finfo(scores.dtype).min)",
+        ),
         ("padding hides queries", "padding", "real[:, None, None, :]", "real[:, None, :, None]"),
         ("padding on the other side", "padding", 'if side == "right"', 'if side == "left"'),
         (
@@ -96,7 +101,7 @@ MUTANTS = [
             "j < lengths[:, None] - 1",
         ),
         ("aligned at the top left", "rectangles", "[:, None] + (len_k - len_q)", "[:, None]"),
-        ("second chunk sees all", "chunks", ASKED, "if is_causal and shape[2] == shape[3]:"),
+        ("second chunk sees all", "chunks", ASKED, "if is_causal and q.shape[2] == k.shape[2]:"),
         (
             "one mask for the whole batch",
             "batch",
@@ -126,8 +131,8 @@ MUTANTS = [
         ("weights after dropout", "repeatable", WEIGH, f"nn.functional.dropout({WEIGH}, 0.5)"),
         ("mask changed in place", "inputs_untouched", JOIN, "mask.logical_and_(causal)"),
         ("integers accepted", "wrong_masks_refused", "mask.dtype != torch.bool", "False"),
-        ("any shape accepted", "wrong_masks_refused", 'check_axes("mask", mask, shape)', "pass"),
-        ("bias not checked", "wrong_bias_refused", "_check_bias(bias, scores, shape)\n", "pass\n"),
+        ("any shape accepted", "wrong_masks_refused", 'check_axes("mask", mask, scores)', "pass"),
+        ("bias not checked", "wrong_bias_refused", "_check_bias(bias, scores)\n", "pass\n"),
         ("empty input accepted", "empty_refused", "if 0 in t.shape:", "if False:"),
     ]
 ]

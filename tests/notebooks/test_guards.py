@@ -26,6 +26,7 @@ kernelspec: {display_name: Python 3, language: python, name: python3}
 
 ```{code-cell} ipython3
 import matplotlib.pyplot as plt
+import numpy as np
 
 from tfm_ref.claims import attempt, check
 ```
@@ -33,7 +34,7 @@ from tfm_ref.claims import attempt, check
 ## A section
 
 ```{code-cell} ipython3
-total = sum(range(5))
+total = np.arange(5).sum()
 print("total:", total)
 check("the sum is 10", total == 10)
 ```
@@ -127,7 +128,7 @@ def stale_number(cells):
 def stale_figure(cells):
     data, buffer = output(cells, "image/png")[1].data, io.BytesIO()
     image = plt.imread(io.BytesIO(base64.b64decode(data["image/png"])))
-    image[:20, :20] = 0.5
+    image[:3, :3] = 0.5  # less than a digit
     plt.imsave(buffer, image)
     data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
 
@@ -174,6 +175,14 @@ def machine_path(cells):
     output(cells, "stdout")[1].text += "/home/somebody/book\n"
 
 
+def claim_without_a_call(cells):
+    output(cells, "stdout")[1].text += "✓ the earth is flat\n"
+
+
+def page_of_html(cells):
+    output(cells, "image/png")[1].data["text/html"] = "<b>bold</b>"
+
+
 def exercise_solved_by_its_stub(cells):
     out = next(o for c in cells for o in c.get("outputs", []) if o.get("text", "").startswith("☐"))
     out.text = "☑ solved\n"
@@ -213,7 +222,7 @@ def test_a_figure_of_measured_times_may_differ(copy):
     ("change", "said"),
     [
         (stale_number, "total: 11"),
-        (stale_figure, "of the pixels differ"),
+        (stale_figure, "9 pixels differ"),
         (deleted_output, "Unexpected output fields"),
         (deleted_figure, "0 figures stored, 1 made"),
         (one_cell_not_run, "4 of 5 cells were compared"),
@@ -236,6 +245,8 @@ def test_comparison_catches(copy, change, said):
         (run_out_of_order, "not run once each from top to bottom: [1, 9, 3, 4, 5]"),
         (stored_stderr, "it stores stderr"),
         (machine_path, "its output speaks of one machine"),
+        (claim_without_a_call, "it has 1 calls of check, refute or attempt, and prints others"),
+        (page_of_html, "it shows text/html, which is not compared"),
         (exercise_solved_by_its_stub, "fail before its solution and pass after it: ☑☑"),
     ],
 )
@@ -250,6 +261,13 @@ def test_check_catches_in_the_notebook(copy, change, said):
         ("total == 10", "True", "the evidence of check is a literal: True"),
         ("total == 10", "1 < 2", "the evidence of check is a literal: 1 < 2"),
         ("total == 10", "bool(1)", "the evidence of check is a literal: bool(1)"),
+        ("total == 10", "evidence=True", "the evidence of check is a literal: True"),
+        ("total == 10", "all(i < 9 for i in range(3))", "the evidence of check is a literal: all"),
+        ("np.arange(5).sum()", "10", "the evidence of check is a literal: total"),
+        ('print("total:"', 'print("✓ total:"', "only check, refute and attempt print one of"),
+        ('print("total:", total)', "print(plt.__version__)", "it speaks of a version"),
+        ("## Exercises", "## A section", "it needs ## headings, each another"),
+        ("Nothing runs here.", "~~~python\n1 / 0\n~~~", "code in the prose is never run"),
         ('check("the sum is 10", total == 10)', "", 'section "A section" checks nothing'),
         ("total = ", "# NBVAL_SKIP\ntotal = ", "it asks not to be compared"),
         ("  image: {alt: A rising line.}\n", "", "its figure lacks alt"),
