@@ -32,7 +32,8 @@ notebooks-all: .venv/ready ## run all notebooks anew: after a change in tfm_ref
 	$(BIN)/python tools/notebooks.py build --all
 
 gpu: ## run the package's tests on CUDA with the Python that is active
-	TFM_REF_DEVICE=cuda python3 -m pytest -o addopts=--import-mode=importlib tests/conformance
+	TFM_REF_DEVICE=cuda $(PYTHON) -m pytest -o addopts=--import-mode=importlib \
+		tests/conformance tests/test_attention.py
 
 lab: .venv/ready ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks

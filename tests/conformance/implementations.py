@@ -5,13 +5,16 @@ To put a new class through the suite, add a line to :func:`implementations`.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 D_MODEL = 6
+MODULES = ("masks", "attention")
+"""The modules of tfm_ref under test, each after those that it imports."""
+
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 TRAITS = {"cross", "mask", "bias", "scale", "weights", "unordered", *DTYPES}
 """What an implementation may lack; a check names those that it needs."""
@@ -95,6 +98,10 @@ class Implementation:
     with ``mask``, ``is_causal``, ``bias`` and ``scale``; ``lacks`` names what it cannot do.
     ``oracle`` gives the equation with the module's weights; ``decode`` runs a sequence in chunks,
     with a cache if there is one.
+
+    The suite asks of the module that x is (batch, length, D_MODEL), that it attends to
+    everything unless a mask or ``is_causal`` says otherwise, and that its projections are called
+    q_proj, k_proj, v_proj and o_proj, or that it brings an ``oracle`` of its own.
     """
 
     name: str
@@ -141,11 +148,12 @@ class Implementation:
         return model.to(dtype)
 
 
-def implementations(attention: ModuleType, masks: ModuleType) -> list[Implementation]:
-    """List what the suite tests, of the modules given: the package's, or mutants of them."""
+def implementations(package: ModuleType | SimpleNamespace) -> list[Implementation]:
+    """List what the suite tests: the attention of the package, or of mutants of its MODULES."""
+    attention, pad = package.attention, package.masks.padding_mask
     sdpa, weights = attention.scaled_dot_product_attention, attention.attention_weights
     one = attention.SelfAttention
-    pad, alone = masks.padding_mask, frozenset({"cross", "bias", "scale"})
+    alone = frozenset({"cross", "bias", "scale"})
     return [
         Implementation(
             "scaled_dot_product_attention",

@@ -9,7 +9,7 @@ from conformance.implementations import DTYPES, TRAITS, implementations
 
 import tfm_ref
 
-IMPLEMENTATIONS = implementations(tfm_ref.attention, tfm_ref.masks)
+IMPLEMENTATIONS = implementations(tfm_ref)
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,15 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
 from conformance.checks import CHECKS, checks_for
-from conformance.implementations import Implementation, implementations
+from conformance.implementations import MODULES, Implementation, implementations
 
-import tfm_ref.attention
-import tfm_ref.masks
+import tfm_ref
 
 
 class Mutant(NamedTuple):
@@ -140,17 +139,14 @@ MUTANTS = [
 
 def broken(old: str = "", new: str = "") -> list[Implementation]:
     """List the implementations of the package after one edit, annotations not enforced."""
-    modules = tfm_ref.masks, tfm_ref.attention
-    sources = [inspect.getsource(module) for module in modules]
-    if old:
-        assert sum(source.count(old) for source in sources) == 1, f"not exactly once: {old}"
-        sources = [source.replace(old, new) for source in sources]
-    copies = {module.__name__: ModuleType(module.__name__) for module in modules}
-    with patch.dict(sys.modules, copies):  # so that attention imports the masks beside it
-        for (name, copy), source in zip(copies.items(), sources, strict=True):
+    sources = {name: inspect.getsource(getattr(tfm_ref, name)) for name in MODULES}
+    assert any(old in source for source in sources.values()), f"nowhere: {old}"
+    copies = {name: ModuleType(f"tfm_ref.{name}") for name in MODULES}
+    with patch.dict(sys.modules, {copy.__name__: copy for copy in copies.values()}):
+        for name, copy in copies.items():  # each imports those before it
+            source = sources[name].replace(old, new) if old else sources[name]
             exec(compile(source, f"<copy of {name}>", "exec"), vars(copy))
-    masks, attention = copies.values()
-    return implementations(attention, masks)
+    return implementations(SimpleNamespace(**copies))
 
 
 def failures(suite: list[Implementation], checks: Iterable[Callable] = CHECKS) -> dict[str, str]:
