@@ -17,6 +17,13 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Say loudly, at the very end, what a machine without Chromium has not tested."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if any("NO CHROMIUM" in str(report.longrepr) for report in skipped):
+        terminalreporter.write_line("NO CHROMIUM: THE SITE WAS NOT TESTED", red=True, bold=True)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """Start every test from the same random numbers."""

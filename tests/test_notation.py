@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import tfm_ref
-from tfm_ref.notation import AXES, Axis
+from tfm_ref.notation import AXES, SYMBOLS, Axis
 
 MODULES = sorted(Path(tfm_ref.__file__).parent.glob("*.py"))
 PATTERNS = {"einsum", "rearrange", "reduce", "repeat"}
@@ -44,3 +45,20 @@ def test_no_two_letters_share_a_name(field):
     values = [getattr(axis, field) for axis in AXES.values()]
     assert all(values)
     assert len(set(values)) == len(values)
+
+
+def test_symbols_fit_the_formulas():
+    """With a size of its own for each letter, every product in the table has the stated shape."""
+    size = dict(zip(AXES, (2, 3, 5, 7, 11, 13, 17), strict=True))
+    t = {tex: torch.ones([size[letter] for letter in s.axes.split()]) for tex, s in SYMBOLS.items()}
+    context = torch.ones(size["m"], size["d"])
+    shapes = {
+        "Q": t["X"] @ t["W_Q"],
+        "K": context @ t["W_K"],
+        "V": context @ t["W_V"],
+        "S": t["Q"] @ t["K"].T,
+        "A": t["S"].softmax(-1),
+        "O": t["A"] @ t["V"],
+        "X": t["O"] @ t["W_O"],
+    }
+    assert all(t[tex].shape == result.shape for tex, result in shapes.items())

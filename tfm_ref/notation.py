@@ -21,3 +21,27 @@ AXES = {
     "v": Axis("numbers in one value", "v_head_dim", "d_v"),
 }
 """Letter of an axis, as it stands in annotations such as ``Float[Tensor, "b h n k"]``."""
+
+
+class Symbol(NamedTuple):
+    """One symbol of the formulas: its name, its axes for one sequence and one head, what it is."""
+
+    name: str
+    axes: str
+    meaning: str
+
+
+SYMBOLS = {
+    "X": Symbol("tokens", "n d", "one row per token"),
+    "W_Q": Symbol("projection to queries", "d k", "learned"),
+    "W_K": Symbol("projection to keys", "d k", "learned"),
+    "W_V": Symbol("projection to values", "d v", "learned"),
+    "W_O": Symbol("projection of the output", "v d", "learned"),
+    "Q": Symbol("queries", "n k", "$XW_Q$"),
+    "K": Symbol("keys", "m k", "$XW_K$; in cross-attention, of another sequence"),
+    "V": Symbol("values", "m v", "$XW_V$; of the same sequence as the keys"),
+    "S": Symbol("scores", "n m", r"$QK^\top / \sqrt{d_k}$"),
+    "A": Symbol("weights", "n m", r"$\operatorname{softmax}(S)$, row by row"),
+    "O": Symbol("output", "n v", "$AV$, one mixture of values per query"),
+}
+"""Symbol of the formulas, as TeX."""

@@ -37,7 +37,7 @@ def join_assets(app: Sphinx, error: Exception | None) -> None:
         return
     static = app.outdir / "_static"
     pages = [p for p in app.outdir.rglob("*.html") if static not in p.parents]
-    icons = set(re.findall(r"\bfa-[\w-]+", "".join(p.read_text() for p in pages)))
+    icons = set(re.findall(r"\bfa-[\w-]+", "".join(p.read_text("utf-8") for p in pages)))
 
     @cache
     def join(kind: str, *pieces: Path) -> Path:
@@ -46,30 +46,30 @@ def join_assets(app: Sphinx, error: Exception | None) -> None:
         if kind == "css":
             text = slim_icons(text, icons, static)
         path = static / f"book-{sha1(text.encode()).hexdigest()[:8]}.{kind}"
-        path.write_text(text)
+        path.write_text(text, "utf-8")
         return path
 
     for page in pages:
-        text = NEEDLESS.sub("", page.read_text())
+        text = NEEDLESS.sub("", page.read_text("utf-8"))
         unused = {"fontawesome.js"} | (SEARCH if page.name != "search.html" else set())
         for kind, tag in TAGS.items():
             found = {m[0]: page.parent / m[1] for m in tag.finditer(text)}
-            found = {tag: path for tag, path in found.items() if "mathjax" not in path.parts}
+            found = {tag: path for tag, path in found.items() if "/mathjax/" not in tag}
             pieces = dict.fromkeys(p.resolve() for p in found.values() if p.name not in unused)
             for tag in found:
                 text = text.replace(tag, "")
             if pieces:
                 link = JOINED[kind].format(relpath(join(kind, *pieces), page.parent))
                 text = text.replace("</head>", f"{link}\n</head>", 1)
-        page.write_text(text)
+        page.write_text(text, "utf-8")
     for folder in ("locales", "scripts", "styles", "vendor"):
         rmtree(static / folder, ignore_errors=True)
 
 
 def read(piece: Path) -> str:
     """Read a style sheet or script with all that it imports."""
-    text = re.sub(r"(//|/\*)# sourceMappingURL=.*", "", piece.read_text())
-    return re.sub(r'@import "(.*)";', lambda m: read(piece.parent / m[1]), text)
+    text = re.sub(r"(//|/\*)# sourceMappingURL=.*", "", piece.read_text("utf-8"))
+    return re.sub(r'@import "([^"]*)";', lambda m: read(piece.parent / m[1]), text)
 
 
 def slim_icons(css: str, used: set[str], static: Path) -> str:
@@ -88,6 +88,8 @@ def slim_icons(css: str, used: set[str], static: Path) -> str:
         subset.save_font(whole, file, options)
         return f'url(data:font/woff;base64,{b64encode(file.getvalue()).decode()}) format("woff")'
 
+    if not (ICON_RULE.search(css) and ICON_FONT.search(css)):
+        raise ValueError("the theme's style sheet holds its icons in another form than expected")
     css = ICON_RULE.sub(rule, css)
     codes = [int(code, 16) for code in re.findall(r'"\\([ef][0-9a-f]{3})"', css)]
     return ICON_FONT.sub(font, css)

@@ -2,18 +2,14 @@
 
 from collections.abc import Iterator
 
-import yaml
 from docutils import nodes
 from sphinx.environment import BuildEnvironment
 
 
 def chapters(env: BuildEnvironment) -> Iterator[tuple[str, nodes.document]]:
-    """Give the name and the content of each notebook, in the order of _toc.yml."""
-    toc = yaml.safe_load((env.srcdir / "_toc.yml").read_text())
-    for part in toc["parts"]:
-        for chapter in part["chapters"]:
-            if chapter["file"].startswith("notebooks/"):
-                yield chapter["file"], env.get_doctree(chapter["file"])
+    """Give the name and the content of each notebook, in the order of their numbers."""
+    for name in sorted(name for name in env.found_docs if name.startswith("notebooks/")):
+        yield name, env.get_doctree(name)
 
 
 def section_of(node: nodes.Node) -> nodes.section:

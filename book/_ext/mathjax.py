@@ -21,13 +21,15 @@ ON_DEMAND = ("output/chtml/fonts/woff-v2", "input/tex/extensions")
 
 def copy(app: Sphinx, error: Exception | None) -> None:
     """Join the parts into one script, and copy what it loads on demand."""
+    if error or app.builder.format != "html":
+        return
     (start,) = (f for f in files("sphinx-mathjax-offline") if f.name == "startup.js")
     source, target = start.locate().parent, app.outdir / "_static/mathjax"
     for folder in ON_DEMAND:
         copytree(source / folder, target / folder, dirs_exist_ok=True)
-    parts = [(source / part).with_suffix(".js").read_text() for part in PARTS]
+    parts = [(source / part).with_suffix(".js").read_text("utf-8") for part in PARTS]
     parts.append(f"MathJax.loader.preLoad(...{json.dumps(['loader', *PARTS])});")
-    (app.outdir / "_static" / SCRIPT).write_text("\n;".join(parts))
+    (app.outdir / "_static" / SCRIPT).write_text("\n;".join(parts), "utf-8")
 
 
 def setup(app: Sphinx) -> None:

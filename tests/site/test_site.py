@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 FILES = [TOC["root"], *(c["file"] for part in TOC["parts"] for c in part["chapters"])]
-CHAPTERS = [file for file in FILES if file.startswith("notebooks/")]
+CHAPTERS = sorted(f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb"))
 PAGES = [f"{file}.html" for file in FILES] + ["search.html"]
 JUPYTER_BOOK = Path(sys.executable).with_name("jupyter-book")
 FLAGS = (
@@ -100,8 +100,10 @@ def serve(folder: Path) -> Iterator[str]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -137,10 +139,12 @@ def visit(browser: Browser, address: str, theme: str = "light") -> Iterator[tupl
     page.on("pageerror", lambda error: found.append(f"script error: {error}"))
     page.on("console", lambda m: m.type == "error" and found.append(f"console: {m.text}"))
     page.on("request", lambda r: r.url.startswith(origin) or found.append(f"off site: {r.url}"))
-    page.goto(address)
-    page.evaluate(MATHS_SET)
-    yield page, found
-    context.close()
+    try:
+        page.goto(address)
+        page.evaluate(MATHS_SET)
+        yield page, found
+    finally:
+        context.close()
 
 
 def problems(page: Page) -> Iterator[str]:
@@ -195,6 +199,15 @@ def test_page(browser: Browser, origin: str, name: str, theme: str) -> None:
         assert found == []
 
 
+def test_menus_of_a_narrow_page_are_accessible(browser: Browser, origin: str) -> None:
+    """They are the same on all pages."""
+    with visit(browser, f"{origin}{TOC['root']}.html") as (page, _):
+        page.set_viewport_size({"width": NARROW, "height": 800})
+        page.locator(".primary-toggle:visible").first.click()
+        page.wait_for_timeout(500)
+        assert Axe().run(page, options=WCAG).response["violations"] == []
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_links(site: Path, name: str) -> None:
     assert list(broken_links(site / name, site)) == []
@@ -225,10 +238,12 @@ def test_a_broken_page_is_found(browser: Browser, site: Path, origin: str, probl
     html = (site / "book/notation.html").read_text()
     mutant = site / "book" / f"mutant-{list(MUTATIONS).index(problem)}.html"
     mutant.write_text(html.replace("</article>", f"{MUTATIONS[problem]}</article>"))
-    with visit(browser, f"{origin}book/{mutant.name}") as (page, found):
-        found += [*problems(page), *broken_links(mutant, site)]
-        assert any(each.startswith(problem) for each in found), found
-    mutant.unlink()
+    try:
+        with visit(browser, f"{origin}book/{mutant.name}") as (page, found):
+            found += [*problems(page), *broken_links(mutant, site)]
+    finally:
+        mutant.unlink()
+    assert any(each.startswith(problem) for each in found), found
 
 
 # What the book promises
