@@ -172,7 +172,7 @@ def stored_stderr(cells):
 
 
 def machine_path(cells):
-    output(cells, "stdout")[1].text += "/home/somebody/book\n"
+    output(cells, "stdout")[1].text += "<object at 0x7f0a1b2c3d4e>\n"
 
 
 def claim_without_a_call(cells):
