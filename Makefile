@@ -31,7 +31,7 @@ notebooks: .venv/ready ## run the notebooks whose text has changed and store the
 notebooks-all: .venv/ready ## run all notebooks anew: after a change in tfm_ref
 	$(BIN)/python tools/notebooks.py build --all
 
-gpu: ## run the package's tests on CUDA with the Python that is active
+gpu: ## run the tests of attention on CUDA with the Python that is active
 	TFM_REF_DEVICE=cuda $(PYTHON) -m pytest -o addopts=--import-mode=importlib \
 		tests/conformance tests/test_attention.py
 

@@ -13,7 +13,7 @@ def check(statement: str, evidence: Any) -> None:
     Args:
         statement: what is claimed, in one sentence.
         evidence: the condition that the claim needs, computed beside it. A tensor or an array
-            must hold a single value: say ``.all()`` or ``.any()``.
+            must be boolean and have no axes: say ``.all()`` or ``.any()``.
 
     Raises:
         AssertionError: if the evidence is false; the message is the statement.
