@@ -119,7 +119,7 @@ REFUSED = [
             padding_mask,
             (wrong, 3),
             {},
-            "lengths must be a vector of integers, one per sequence; "
+            "lengths must be a vector of int32 or int64, one per sequence; "
             f"got {wrong.dtype} of shape {tuple(wrong.shape)}",
         )
         for wrong in (

@@ -5,7 +5,14 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tfm_ref.masks import causal_mask, check_axes, check_mask
+from tfm_ref.masks import causal_mask
+from tfm_ref.validation import (
+    check_bias,
+    check_mask,
+    check_qkv,
+    check_same_kind,
+    check_size,
+)
 
 
 def attention_weights(
@@ -51,11 +58,11 @@ def attention_weights(
         >>> attention_weights(q[None, None], k[None, None])
         tensor([[[[0.2689, 0.7311]]]])
     """
-    _check_inputs(q=q, k=k)
+    check_qkv(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = einsum(q * scale, k, "b h n k, b h m k -> b h n m")
     if bias is not None:
-        _check_bias(bias, scores)
+        check_bias(bias, scores)
         scores = scores + bias
     if mask is not None:
         check_mask(mask, scores)
@@ -115,7 +122,7 @@ def scaled_dot_product_attention(
         >>> scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])
         tensor([[[[17.3106]]]])
     """
-    _check_inputs(q=q, k=k, v=v)
+    check_qkv(q, k, v)
     weights = attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias, scale=scale)
     return einsum(weights, v, "b h n m, b h m v -> b h n v")
 
@@ -132,7 +139,7 @@ class SelfAttention(nn.Module):
         bias: add a bias to the four projections.
 
     Raises:
-        ValueError: if a width is below 1.
+        ValueError: if a width is not an integer of at least 1.
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need", sections 3.2.1 and 3.2.3; with one
@@ -156,8 +163,7 @@ class SelfAttention(nn.Module):
         head_dim = d_model if head_dim is None else head_dim
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         for name, width in dict(d_model=d_model, head_dim=head_dim, v_head_dim=v_head_dim).items():
-            if width < 1:
-                raise ValueError(f"{name} must be at least 1; got {width}")
+            check_size(name, width)
         self.d_model = d_model
         self.q_proj = nn.Linear(d_model, head_dim, bias=bias)
         self.k_proj = nn.Linear(d_model, head_dim, bias=bias)
@@ -224,51 +230,6 @@ class SelfAttention(nn.Module):
                 f"x must have shape (batch, length, d_model = {self.d_model}) and not be empty; "
                 f"got {tuple(x.shape)}"
             )
-        _check_same_kind("the layer", self.q_proj.weight, "x", x)
+        check_same_kind("the layer", self.q_proj.weight, "x", x)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         return q[:, None], k[:, None], v[:, None]
-
-
-def _check_inputs(**tensors: Tensor) -> None:
-    """Refuse queries, keys and values that do not fit together."""
-    for name, t in tensors.items():
-        if t.ndim != 4:
-            raise ValueError(
-                f"{name} must have 4 axes (batch, heads, length, width); got {tuple(t.shape)}"
-            )
-        if 0 in t.shape:
-            raise ValueError(f"{name} must not be empty; got shape {tuple(t.shape)}")
-        if not t.is_floating_point():
-            raise ValueError(f"{name} must be floating point; got {t.dtype}")
-    q, k, v = tensors["q"], tensors["k"], tensors.get("v")
-    for name, t in tensors.items():
-        _check_same_kind("q", q, name, t)
-        if t.shape[:2] != q.shape[:2]:
-            raise ValueError(
-                f"q and {name} must have the same batch and heads; "
-                f"got {tuple(q.shape[:2])} and {tuple(t.shape[:2])}"
-            )
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must have the same width; got {q.shape[3]} and {k.shape[3]}")
-    if v is not None and k.shape[2] != v.shape[2]:
-        raise ValueError(f"k and v must have the same length; got {k.shape[2]} and {v.shape[2]}")
-
-
-def _check_same_kind(name: str, wanted: Tensor, other: str, t: Tensor) -> None:
-    """Refuse another device, or another dtype where autocast does not bring them together."""
-    mixed = t.dtype != wanted.dtype and not torch.is_autocast_enabled(t.device.type)
-    if mixed or t.device != wanted.device:
-        raise ValueError(
-            f"{name} and {other} must have the same dtype and device; "
-            f"got {wanted.dtype} on {wanted.device} and {t.dtype} on {t.device}"
-        )
-
-
-def _check_bias(bias: Tensor, scores: Tensor) -> None:
-    """Refuse a bias that is no number to add to a score, or does not line up with the scores."""
-    if not bias.is_floating_point():
-        raise ValueError(
-            f"bias must be floating point; got {bias.dtype}. A boolean mask goes through mask."
-        )
-    _check_same_kind("the scores", scores, "bias", bias)
-    check_axes("bias", bias, scores)

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tfm_ref.validation import check_size
+
 
 def causal_mask(
     len_q: int, len_k: int | None = None, *, device: torch.device | str | None = None
@@ -77,7 +79,7 @@ def sliding_window_mask(
                 [1, 1, 0],
                 [0, 1, 1]], dtype=torch.int32)
     """
-    _check_size("window", window)
+    check_size("window", window)
     i, j = _positions(len_q, len_k, device)
     return ((j <= i) & (j > i - window))[None, None]
 
@@ -117,7 +119,7 @@ def prefix_mask(
                 [1, 1, 1]], dtype=torch.int32)
     """
     i, j = _positions(len_q, len_k, device)
-    _check_size("prefix", prefix, least=0, most=j.numel())
+    check_size("prefix", prefix, least=0, most=j.numel())
     return ((j < prefix) | (j <= i))[None, None]
 
 
@@ -139,7 +141,7 @@ def padding_mask(
         Mask of shape (batch, 1, 1, len_k), True = may attend.
 
     Raises:
-        ValueError: if lengths is not a vector of integers, if len_k is not an integer of at
+        ValueError: if lengths is not a vector of int32 or int64, if len_k is not an integer of at
             least 1, if a length lies outside 0 to len_k, or if side is neither "right" nor
             "left".
 
@@ -150,10 +152,10 @@ def padding_mask(
     """
     if lengths.ndim != 1 or lengths.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            "lengths must be a vector of integers, one per sequence; "
+            "lengths must be a vector of int32 or int64, one per sequence; "
             f"got {lengths.dtype} of shape {tuple(lengths.shape)}"
         )
-    _check_size("len_k", len_k)
+    check_size("len_k", len_k)
     if ((lengths < 0) | (lengths > len_k)).any():
         raise ValueError(f"lengths must lie between 0 and len_k ({len_k}); got {lengths.tolist()}")
     if side not in ("right", "left"):
@@ -163,78 +165,12 @@ def padding_mask(
     return real[:, None, None, :]
 
 
-def check_mask(mask: Tensor, scores: Tensor) -> None:
-    """Refuse a mask that is not boolean or does not line up with the scores axis by axis.
-
-    For every function that takes a mask.
-
-    Args:
-        mask: the mask to check.
-        scores: the scores (batch, heads, len_q, len_k) that it is to act on.
-
-    Raises:
-        ValueError: if the mask is no boolean tensor, has not four axes, has an axis that is
-            neither 1 nor the full size, or lies on another device.
-
-    Example:
-        >>> check_mask(torch.ones(4, 4).bool(), torch.zeros(4, 1, 4, 4))
-        Traceback (most recent call last):
-        ValueError: mask must have 4 axes (batch, heads, len_q, len_k), each of size 1 or that \
-of the scores (4, 1, 4, 4); got (4, 4). Write mask[None, None] for one (len_q, len_k) mask, \
-mask[:, None] for a (batch, len_q, len_k) mask, mask[:, None, None] for a (batch, len_k) mask.
-    """
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise ValueError(
-            "mask must be a boolean tensor (True = may attend); "
-            f"got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}. "
-            "An additive term goes through bias."
-        )
-    check_axes("mask", mask, scores)
-
-
-def check_axes(name: str, term: Tensor, scores: Tensor) -> None:
-    """Refuse a mask or bias whose axes do not line up one by one with those of the scores.
-
-    Args:
-        name: what the message calls the term.
-        term: the tensor to check.
-        scores: the scores (batch, heads, len_q, len_k) that it is to act on.
-
-    Raises:
-        ValueError: if the term has not four axes, has an axis that is neither 1 nor the full
-            size, or lies on another device.
-
-    Example:
-        >>> check_axes("bias", torch.zeros(1, 1, 4, 4), torch.zeros(2, 8, 4, 4))
-    """
-    shape = tuple(scores.shape)
-    if term.ndim != 4 or any(t not in (1, s) for t, s in zip(term.shape, shape, strict=False)):
-        raise ValueError(
-            f"{name} must have 4 axes (batch, heads, len_q, len_k), each of size 1 or that of "
-            f"the scores {shape}; got {tuple(term.shape)}. "
-            f"Write {name}[None, None] for one (len_q, len_k) {name}, "
-            f"{name}[:, None] for a (batch, len_q, len_k) {name}, "
-            f"{name}[:, None, None] for a (batch, len_k) {name}."
-        )
-    if term.device != scores.device:
-        raise ValueError(
-            f"{name} must be on the device of the scores ({scores.device}); got {term.device}"
-        )
-
-
 def _positions(
     len_q: int, len_k: int | None, device: torch.device | str | None
 ) -> tuple[Int[Tensor, "n 1"], Int[Tensor, " m"]]:
     """Number queries and keys on one ruler on which the last query meets the last key."""
     len_k = len_q if len_k is None else len_k
-    _check_size("len_q", len_q)
-    _check_size("len_k", len_k)
+    check_size("len_q", len_q)
+    check_size("len_k", len_k)
     i = torch.arange(len_q, device=device)[:, None] + (len_k - len_q)
     return i, torch.arange(len_k, device=device)
-
-
-def _check_size(name: str, size: int, *, least: int = 1, most: int | None = None) -> None:
-    """Refuse a size that is not an integer, too small, or too large."""
-    if isinstance(size, float) or size < least or (most is not None and size > most):
-        bound = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be an integer {bound}; got {size}")

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 D_MODEL = 6
-MODULES = ("masks", "attention")
+MODULES = ("validation", "masks", "attention")
 """The modules of tfm_ref under test, each after those that it imports."""
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")

@@ -131,7 +131,7 @@ MUTANTS = [
         ("mask changed in place", "inputs_untouched", JOIN, "mask.logical_and_(causal)"),
         ("integers accepted", "wrong_masks_refused", "mask.dtype != torch.bool", "False"),
         ("any shape accepted", "wrong_masks_refused", 'check_axes("mask", mask, scores)', "pass"),
-        ("bias not checked", "wrong_bias_refused", "_check_bias(bias, scores)\n", "pass\n"),
+        ("bias not checked", "wrong_bias_refused", "    check_bias(bias, scores)\n", "    pass\n"),
         ("empty input accepted", "empty_refused", "if 0 in t.shape:", "if False:"),
     ]
 ]

@@ -1,0 +1,175 @@
+"""What is refused, and in which words: each message states the rule and the numbers."""
+
+import torch
+from torch import Tensor
+
+
+def check_size(name: str, size: int, *, least: int = 1, most: int | None = None) -> None:
+    """Refuse a size that is not an integer, too small, or too large.
+
+    Args:
+        name: what the message calls the size.
+        size: the size to check.
+        least: the smallest that is allowed.
+        most: the largest that is allowed; no bound if not given.
+
+    Raises:
+        ValueError: if the size is not an integer from least to most.
+
+    Example:
+        >>> check_size("d_model", 0)
+        Traceback (most recent call last):
+        ValueError: d_model must be an integer of at least 1; got 0
+    """
+    if isinstance(size, float) or size < least or (most is not None and size > most):
+        bound = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an integer {bound}; got {size}")
+
+
+def check_same_kind(name: str, wanted: Tensor, other: str, t: Tensor) -> None:
+    """Refuse another device, or another dtype where autocast does not bring them together.
+
+    Args:
+        name: what the message calls the first tensor.
+        wanted: the tensor whose dtype and device are wanted.
+        other: what the message calls the second tensor.
+        t: the tensor to check.
+
+    Raises:
+        ValueError: if the devices or (autocast apart) the dtypes differ.
+
+    Example:
+        >>> check_same_kind("q", torch.zeros(2), "k", torch.zeros(2).double())
+        Traceback (most recent call last):
+        ValueError: q and k must have the same dtype and device; got torch.float32 on cpu and \
+torch.float64 on cpu
+    """
+    mixed = t.dtype != wanted.dtype and not torch.is_autocast_enabled(t.device.type)
+    if mixed or t.device != wanted.device:
+        raise ValueError(
+            f"{name} and {other} must have the same dtype and device; "
+            f"got {wanted.dtype} on {wanted.device} and {t.dtype} on {t.device}"
+        )
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    """Refuse queries, keys and values that do not fit together.
+
+    Args:
+        q: queries (batch, heads, len_q, head_dim).
+        k: keys (batch, heads, len_k, head_dim).
+        v: values (batch, heads, len_k, v_head_dim), where there are any.
+
+    Raises:
+        ValueError: if one has not four axes, is empty or not floating point, or if dtype,
+            device, batch, heads, the width of q and k or the length of k and v differ.
+
+    Example:
+        >>> check_qkv(torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 3, 5))
+        Traceback (most recent call last):
+        ValueError: q and k must have the same width; got 8 and 5
+    """
+    tensors = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    for name, t in tensors.items():
+        if t.ndim != 4:
+            raise ValueError(
+                f"{name} must have 4 axes (batch, heads, length, width); got {tuple(t.shape)}"
+            )
+        if 0 in t.shape:
+            raise ValueError(f"{name} must not be empty; got shape {tuple(t.shape)}")
+        if not t.is_floating_point():
+            raise ValueError(f"{name} must be floating point; got {t.dtype}")
+    for name, t in tensors.items():
+        check_same_kind("q", q, name, t)
+        if t.shape[:2] != q.shape[:2]:
+            raise ValueError(
+                f"q and {name} must have the same batch and heads; "
+                f"got {tuple(q.shape[:2])} and {tuple(t.shape[:2])}"
+            )
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must have the same width; got {q.shape[3]} and {k.shape[3]}")
+    if v is not None and k.shape[2] != v.shape[2]:
+        raise ValueError(f"k and v must have the same length; got {k.shape[2]} and {v.shape[2]}")
+
+
+def check_mask(mask: Tensor, scores: Tensor) -> None:
+    """Refuse a mask that is not boolean or does not line up with the scores axis by axis.
+
+    For every function that takes a mask.
+
+    Args:
+        mask: the mask to check.
+        scores: the scores (batch, heads, len_q, len_k) that it is to act on.
+
+    Raises:
+        ValueError: if the mask is no boolean tensor, has not four axes, has an axis that is
+            neither 1 nor the full size, or lies on another device.
+
+    Example:
+        >>> check_mask(torch.ones(4, 4).bool(), torch.zeros(4, 1, 4, 4))
+        Traceback (most recent call last):
+        ValueError: mask must have 4 axes (batch, heads, len_q, len_k), each of size 1 or that \
+of the scores (4, 1, 4, 4); got (4, 4). Write mask[None, None] for one (len_q, len_k) mask, \
+mask[:, None] for a (batch, len_q, len_k) mask, mask[:, None, None] for a (batch, len_k) mask.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise ValueError(
+            "mask must be a boolean tensor (True = may attend); "
+            f"got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}. "
+            "An additive term goes through bias."
+        )
+    check_axes("mask", mask, scores)
+
+
+def check_axes(name: str, term: Tensor, scores: Tensor) -> None:
+    """Refuse a mask or bias whose axes do not line up one by one with those of the scores.
+
+    Args:
+        name: what the message calls the term.
+        term: the tensor to check.
+        scores: the scores (batch, heads, len_q, len_k) that it is to act on.
+
+    Raises:
+        ValueError: if the term has not four axes, has an axis that is neither 1 nor the full
+            size, or lies on another device.
+
+    Example:
+        >>> check_axes("bias", torch.zeros(1, 1, 4, 4), torch.zeros(2, 8, 4, 4))
+    """
+    shape = tuple(scores.shape)
+    if term.ndim != 4 or any(t not in (1, s) for t, s in zip(term.shape, shape, strict=False)):
+        raise ValueError(
+            f"{name} must have 4 axes (batch, heads, len_q, len_k), each of size 1 or that of "
+            f"the scores {shape}; got {tuple(term.shape)}. "
+            f"Write {name}[None, None] for one (len_q, len_k) {name}, "
+            f"{name}[:, None] for a (batch, len_q, len_k) {name}, "
+            f"{name}[:, None, None] for a (batch, len_k) {name}."
+        )
+    if term.device != scores.device:
+        raise ValueError(
+            f"{name} must be on the device of the scores ({scores.device}); got {term.device}"
+        )
+
+
+def check_bias(bias: Tensor, scores: Tensor) -> None:
+    """Refuse a bias that is no number to add to a score, or does not line up with the scores.
+
+    Args:
+        bias: the bias to check.
+        scores: the scores (batch, heads, len_q, len_k) that it is to be added to.
+
+    Raises:
+        ValueError: if the bias is not floating point, or differs from the scores in device,
+            (autocast apart) dtype, or an axis that is neither 1 nor the full size.
+
+    Example:
+        >>> check_bias(torch.ones(1, 1, 4, 4).bool(), torch.zeros(2, 8, 4, 4))
+        Traceback (most recent call last):
+        ValueError: bias must be floating point; got torch.bool. A boolean mask goes through mask.
+    """
+    if not bias.is_floating_point():
+        raise ValueError(
+            f"bias must be floating point; got {bias.dtype}. A boolean mask goes through mask."
+        )
+    check_same_kind("the scores", scores, "bias", bias)
+    check_axes("bias", bias, scores)
