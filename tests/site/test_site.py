@@ -46,6 +46,8 @@ UNSET_MATHS = r"""() => {
 NO_ALT = "() => [...document.querySelectorAll('article img')].filter(i => !i.alt).map(i => i.src)"
 NO_ICON = """() => [...document.querySelectorAll("[class*='fa-']")]
     .filter(i => getComputedStyle(i, "::before").content === "none").map(i => i.className)"""
+CUT = """() => [...document.querySelectorAll("div.math")]
+    .filter(e => e.scrollWidth > e.clientWidth).map(e => e.textContent)"""
 LOADED = "[document.URL, ...performance.getEntriesByType('resource').map(r => r.name)]"
 MATHS_SET = "async () => { await window.MathJax?.startup?.promise }"
 
@@ -158,6 +160,7 @@ def problems(page: Page) -> Iterator[str]:
     width = page.evaluate("document.documentElement.scrollWidth")
     if width > NARROW:
         yield f"too wide: {width} > {NARROW} px"
+    yield from (f"formula cut off: {source}" for source in page.evaluate(CUT))
 
 
 class Links(HTMLParser):
@@ -226,6 +229,7 @@ MUTATIONS = {
     "image-alt": "<div><img src='../_static/favicon.svg'></div>",
     "color-contrast": "<p style='background: #fff; color: #ccc'>pale</p>",
     "too wide": "<p style='width: 600px'>wide</p>",
+    "formula cut off": r"<div class='math'>\(\rule{600px}{1em}\)</div>",
     "broken link": "<a href='gone.html'>gone</a>",
     "broken anchor": "<a href='#gone'>gone</a>",
     "broken anchor: index.html": "<a href='index.html#gone'>gone</a>",
