@@ -46,7 +46,7 @@ UNSET_MATHS = r"""() => {
 NO_ALT = "() => [...document.querySelectorAll('article img')].filter(i => !i.alt).map(i => i.src)"
 NO_ICON = """() => [...document.querySelectorAll("[class*='fa-']")]
     .filter(i => getComputedStyle(i, "::before").content === "none").map(i => i.className)"""
-CUT = """() => [...document.querySelectorAll("div.math")]
+CUT = """() => [...document.querySelectorAll("div.math, div.math mjx-container")]
     .filter(e => e.scrollWidth > e.clientWidth).map(e => e.textContent)"""
 LOADED = "[document.URL, ...performance.getEntriesByType('resource').map(r => r.name)]"
 MATHS_SET = "async () => { await window.MathJax?.startup?.promise }"
