@@ -24,6 +24,7 @@ from tfm_ref import (
     SelfAttention,
     attention_weights,
     causal_mask,
+    fused_attention,
     padding_mask,
     scaled_dot_product_attention,
     sliding_window_mask,
@@ -87,22 +88,25 @@ def by_loops(q, k, v, mask, is_causal, bias, scale):
 
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(st.data())
-def test_equals_loops(data):
+@pytest.mark.parametrize("attend", [scaled_dot_product_attention, fused_attention])
+def test_equals_loops(attend, data):
     """Any shape, mask, bias and scale: the output is that of loops, in the range of the values."""
-    b, h, n, m, k, v = (data.draw(st.integers(1, top)) for top in (3, 3, 6, 6, 5, 5))
+    b, g, r, n, m, k, v = (data.draw(st.integers(1, top)) for top in (3, 2, 2, 6, 6, 5, 5))
+    h = g * r
     numbers = np.random.default_rng(data.draw(st.integers(0, 999)))
-    inputs = [numbers.normal(size=(b, h, *s)) for s in ((n, k), (m, k), (m, v))]
+    inputs = [numbers.normal(size=(b, *s)) for s in ((h, n, k), (g, m, k), (g, m, v))]
     shapes = [[data.draw(st.sampled_from([1, size])) for size in (b, h, n, m)] for _ in range(2)]
     mask = numbers.random(shapes[0]) < data.draw(st.sampled_from([0.2, 0.7, 1.0]))
     bias, is_causal = numbers.normal(size=shapes[1]), data.draw(st.booleans())
     scale = data.draw(st.sampled_from([None, -1.0, 0.0, 0.3]))
-    y = scaled_dot_product_attention(
+    y = attend(
         *map(torch.from_numpy, inputs),
         mask=torch.from_numpy(mask),
         bias=torch.from_numpy(bias),
         is_causal=is_causal,
         scale=scale,
     )
+    inputs[1:] = (np.repeat(t, r, axis=1) for t in inputs[1:])
     expected = by_loops(*inputs, mask, is_causal, bias, 1 / k**0.5 if scale is None else scale)
     assert_close(y.numpy(), expected, rtol=1e-9, atol=1e-9)
     low, high = inputs[2].min(2, keepdims=True), inputs[2].max(2, keepdims=True)
@@ -313,8 +317,9 @@ REFUSED = [
     ({"k": boolean(4, 2, 4, 3)}, "k must be floating point; got torch.bool"),
     ({"k": ones(4, 2, 4, 3, dtype=torch.float64)}, f"q and k {DTYPE_DEVICE} torch.float64 on cpu"),
     ({"k": ones(4, 2, 4, 3, device="meta")}, f"q and k {DTYPE_DEVICE} torch.float32 on meta"),
-    ({"k": ones(1, 2, 4, 3)}, "q and k must have the same batch and heads; got (4, 2) and (1, 2)"),
-    ({"k": ones(4, 1, 4, 3)}, "q and k must have the same batch and heads; got (4, 2) and (4, 1)"),
+    ({"k": ones(1, 2, 4, 3)}, "q and k must have the same batch; got 4 and 1"),
+    ({"k": ones(4, 3, 4, 3)}, "the heads of q (2) must be a multiple of the heads of k (3)"),
+    ({"k": ones(4, 4, 4, 3)}, "the heads of q (2) must be a multiple of the heads of k (4)"),
     ({"k": ones(4, 2, 4, 1)}, "q and k must have the same width; got 3 and 1"),
     ({"mask": ones(1, 1, 4, 4, dtype=torch.int64)}, not_boolean("torch.int64")),
     ({"mask": ones(1, 1, 4, 4)}, not_boolean("torch.float32")),
@@ -342,7 +347,9 @@ REFUSED_VALUES = [
     ({"v": ones(4, 2, 4, 3, dtype=torch.int32)}, "v must be floating point; got torch.int32"),
     ({"v": ones(4, 2, 4, 3).half()}, f"q and v {DTYPE_DEVICE} torch.float16 on cpu"),
     ({"v": ones(4, 2, 4, 3, device="meta")}, f"q and v {DTYPE_DEVICE} torch.float32 on meta"),
-    ({"v": ones(4, 1, 4, 3)}, "q and v must have the same batch and heads; got (4, 2) and (4, 1)"),
+    ({"v": ones(1, 2, 4, 3)}, "q and v must have the same batch; got 4 and 1"),
+    ({"v": ones(4, 1, 4, 3)}, "k and v must have the same heads; got 2 and 1"),
+    *[({"dropout": p}, f"dropout must lie in 0 <= dropout < 1; got {p}") for p in (-0.1, 1.0)],
     ({"v": ones(4, 2, 1, 3)}, "k and v must have the same length; got 4 and 1"),
 ]
 
@@ -357,15 +364,18 @@ def test_refused(wrong, message):
     right = {"q": ones(4, 2, 4, 3), "k": ones(4, 2, 4, 3)}
     with raises(message):
         attention_weights(**right | wrong)
-    with raises(message):
-        scaled_dot_product_attention(**{"v": ones(4, 2, 4, 5)} | right | wrong)
+    for attend in scaled_dot_product_attention, fused_attention:
+        with raises(message):
+            attend(**{"v": ones(4, 2, 4, 5)} | right | wrong)
 
 
 @pytest.mark.usefixtures("no_shape_checks")
 @pytest.mark.parametrize(("wrong", "message"), REFUSED_VALUES)
-def test_values_refused(wrong, message):
+@pytest.mark.parametrize("attend", [scaled_dot_product_attention, fused_attention])
+def test_values_refused(wrong, message, attend):
+    right = dict.fromkeys("qkv", ones(4, 2, 4, 3))
     with raises(message):
-        scaled_dot_product_attention(ones(4, 2, 4, 3), ones(4, 2, 4, 3), **wrong)
+        attend(**right | wrong)
 
 
 @pytest.mark.parametrize("name", ["d_model", "head_dim", "v_head_dim"])

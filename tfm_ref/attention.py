@@ -1,23 +1,25 @@
 """Attention, written so that the code reads like the equation: softmax(QKᵀ/√d_k)V."""
 
 import torch
-from einops import einsum, rearrange
+import torch.nn.functional as F
+from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tfm_ref.masks import causal_mask
 from tfm_ref.validation import (
     check_bias,
+    check_dropout,
     check_mask,
     check_qkv,
-    check_same_kind,
     check_size,
+    check_tokens,
 )
 
 
 def attention_weights(
     q: Float[Tensor, "b h n k"],
-    k: Float[Tensor, "b h m k"],
+    k: Float[Tensor, "b g m k"],
     *,
     mask: Bool[Tensor, "#b #h #n #m"] | None = None,
     is_causal: bool = False,
@@ -30,7 +32,7 @@ def attention_weights(
 
     Args:
         q: queries.
-        k: keys.
+        k: keys; with fewer heads than q, each key head serves as many query heads as it takes.
         mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
         is_causal: let a query see no later key; aligned at the bottom right, so that the last
             query sees the last key. Joined with ``mask`` by AND.
@@ -43,9 +45,9 @@ def attention_weights(
         to 1; the row of a query that may attend to nothing is 0, not NaN.
 
     Raises:
-        ValueError: if q or k has not four axes, an axis is empty, batch, heads or width differ,
-            devices or (autocast apart) dtypes differ, the dtype is not floating, or mask or
-            bias does not fit in dtype, axes or device.
+        ValueError: if q or k has not four axes, an axis is empty, batch or width differ, the
+            heads of q are no multiple of those of k, devices or (autocast apart) dtypes differ,
+            the dtype is not floating, or mask or bias does not fit in dtype, axes or device.
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1, equation (1). The
@@ -60,6 +62,7 @@ def attention_weights(
     """
     check_qkv(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k = repeat(k, "b g m k -> b (g r) m k", r=q.shape[1] // k.shape[1])
     scores = einsum(q * scale, k, "b h n k, b h m k -> b h n m")
     if bias is not None:
         check_bias(bias, scores)
@@ -80,22 +83,23 @@ def attention_weights(
 
 def scaled_dot_product_attention(
     q: Float[Tensor, "b h n k"],
-    k: Float[Tensor, "b h m k"],
-    v: Float[Tensor, "b h m v"],
+    k: Float[Tensor, "b g m k"],
+    v: Float[Tensor, "b g m v"],
     *,
     mask: Bool[Tensor, "#b #h #n #m"] | None = None,
     is_causal: bool = False,
     bias: Float[Tensor, "#b #h #n #m"] | None = None,
     scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "b h n v"]:
     """Give each query the average of the values, weighted by how well the keys match it.
 
-    ``output = softmax(scale * q kᵀ + bias) v``. The weights themselves come from
-    :func:`attention_weights` with the same arguments.
+    ``output = dropout(softmax(scale * q kᵀ + bias)) v``. The weights themselves, before dropout,
+    come from :func:`attention_weights` with the same arguments.
 
     Args:
         q: queries.
-        k: keys.
+        k: keys; with fewer heads than q, each key head serves as many query heads as it takes.
         v: values, finite also where masked, since 0 · NaN is NaN; their width v_head_dim may
             differ from head_dim.
         mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
@@ -104,14 +108,16 @@ def scaled_dot_product_attention(
         bias: finite numbers added to the scaled scores; each axis of size 1 or full. What is
             forbidden goes through ``mask``: a row of -inf would give NaN.
         scale: factor of the dot products; 1/√head_dim if not given.
+        dropout: probability with which a weight is set to 0; the others are divided by
+            1 - dropout. For training only: a function cannot know when that is.
 
     Returns:
         Output of shape (batch, heads, len_q, v_head_dim), 0 for a query that may attend to
         nothing.
 
     Raises:
-        ValueError: as :func:`attention_weights`, or if v does not fit k in batch, heads,
-            length, dtype or device.
+        ValueError: as :func:`attention_weights`, if v does not fit k in batch, heads, length,
+            dtype or device, or if dropout does not lie in 0 ≤ dropout < 1.
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1, equation (1).
@@ -123,7 +129,10 @@ def scaled_dot_product_attention(
         tensor([[[[17.3106]]]])
     """
     check_qkv(q, k, v)
+    check_dropout(dropout)
     weights = attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias, scale=scale)
+    weights = F.dropout(weights, dropout)
+    v = repeat(v, "b g m v -> b (g r) m v", r=q.shape[1] // v.shape[1])
     return einsum(weights, v, "b h n m, b h m v -> b h n v")
 
 
@@ -225,11 +234,6 @@ class SelfAttention(nn.Module):
 
     def _project(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
         """Make queries, keys and values, each with a heads axis of size 1."""
-        if x.ndim != 3 or x.shape[-1] != self.d_model or 0 in x.shape:
-            raise ValueError(
-                f"x must have shape (batch, length, d_model = {self.d_model}) and not be empty; "
-                f"got {tuple(x.shape)}"
-            )
-        check_same_kind("the layer", self.q_proj.weight, "x", x)
+        check_tokens("x", x, self.q_proj.weight)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         return q[:, None], k[:, None], v[:, None]

@@ -14,6 +14,8 @@ class Axis(NamedTuple):
 AXES = {
     "b": Axis("sequences in a batch", "batch", "b"),
     "h": Axis("attention heads", "n_heads", "h"),
+    "g": Axis("heads of keys and values", "n_kv_heads", "g"),
+    "r": Axis("query heads that share a key head", "n_heads // n_kv_heads", "h / g"),
     "n": Axis("positions that ask: queries, or tokens of x", "len_q", "n"),
     "m": Axis("positions that answer: keys and values", "len_k", "m"),
     "d": Axis("numbers that describe one token between layers", "d_model", r"d_\text{model}"),

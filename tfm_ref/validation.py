@@ -52,17 +52,62 @@ torch.float64 on cpu
         )
 
 
+def check_dropout(dropout: float) -> None:
+    """Refuse a dropout that is no probability, or that would leave nothing.
+
+    Args:
+        dropout: probability with which a number is set to 0.
+
+    Raises:
+        ValueError: if it does not lie in 0 ≤ dropout < 1.
+
+    Example:
+        >>> check_dropout(1.0)
+        Traceback (most recent call last):
+        ValueError: dropout must lie in 0 <= dropout < 1; got 1.0
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in 0 <= dropout < 1; got {dropout}")
+
+
+def check_tokens(name: str, x: Tensor, weight: Tensor) -> None:
+    """Refuse tokens that do not fit the layer.
+
+    Args:
+        name: what the message calls the tokens.
+        x: the tokens to check.
+        weight: matrix of the layer (any, d_model), as ``nn.Linear`` stores it.
+
+    Raises:
+        ValueError: if x has not the shape (batch, length, d_model), is empty, or has not the
+            device or (autocast apart) the dtype of the layer.
+
+    Example:
+        >>> check_tokens("x", torch.zeros(4, 8), torch.zeros(8, 8))
+        Traceback (most recent call last):
+        ValueError: x must have shape (batch, length, d_model = 8) and not be empty; got (4, 8)
+    """
+    d_model = weight.shape[1]
+    if x.ndim != 3 or x.shape[-1] != d_model or 0 in x.shape:
+        raise ValueError(
+            f"{name} must have shape (batch, length, d_model = {d_model}) and not be empty; "
+            f"got {tuple(x.shape)}"
+        )
+    check_same_kind("the layer", weight, name, x)
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
     """Refuse queries, keys and values that do not fit together.
 
     Args:
-        q: queries (batch, heads, len_q, head_dim).
-        k: keys (batch, heads, len_k, head_dim).
-        v: values (batch, heads, len_k, v_head_dim), where there are any.
+        q: queries (batch, n_heads, len_q, head_dim).
+        k: keys (batch, n_kv_heads, len_k, head_dim).
+        v: values (batch, n_kv_heads, len_k, v_head_dim), where there are any.
 
     Raises:
-        ValueError: if one has not four axes, is empty or not floating point, or if dtype,
-            device, batch, heads, the width of q and k or the length of k and v differ.
+        ValueError: if one has not four axes, is empty or not floating point, if dtype, device,
+            batch, the width of q and k, or the heads or length of k and v differ, or if
+            n_heads is no multiple of n_kv_heads.
 
     Example:
         >>> check_qkv(torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 3, 5))
@@ -81,11 +126,17 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
             raise ValueError(f"{name} must be floating point; got {t.dtype}")
     for name, t in tensors.items():
         check_same_kind("q", q, name, t)
-        if t.shape[:2] != q.shape[:2]:
+        if t.shape[0] != q.shape[0]:
             raise ValueError(
-                f"q and {name} must have the same batch and heads; "
-                f"got {tuple(q.shape[:2])} and {tuple(t.shape[:2])}"
+                f"q and {name} must have the same batch; got {q.shape[0]} and {t.shape[0]}"
             )
+        if q.shape[1] % t.shape[1]:
+            raise ValueError(
+                f"the heads of q ({q.shape[1]}) must be a multiple of the heads of {name} "
+                f"({t.shape[1]})"
+            )
+    if v is not None and k.shape[1] != v.shape[1]:
+        raise ValueError(f"k and v must have the same heads; got {k.shape[1]} and {v.shape[1]}")
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k must have the same width; got {q.shape[3]} and {k.shape[3]}")
     if v is not None and k.shape[2] != v.shape[2]:

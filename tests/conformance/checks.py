@@ -8,6 +8,7 @@ from functools import partial
 import jaxtyping
 import torch
 from conformance.implementations import TRAITS, Implementation
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.testing import assert_close
@@ -46,11 +47,14 @@ def check_equation(a):
             options += [{"mask": a.mask(*s), "is_causal": c} for s in shared for c in (False, True)]
         if "bias" not in a.lacks:
             options += [{"bias": a.draw(*shape)}, {"bias": a.draw(1, a.n_heads, 1, length)}]
+            options += [{**option, "bias": a.draw(*shape)} for option in options[1:3]]
         if "scale" not in a.lacks:
             options += [{"scale": 0.3}]
+        if "cross" not in a.lacks:
+            options += [{"context": a.tokens(batch, length + 1, seed=3)}]
         model, x = a.model(), a.tokens(batch, length)
         for terms in options:
-            expected = values_and_gradients(a.oracle(model, a.n_heads), x, **terms)
+            expected = values_and_gradients(a.oracle(model), x, **terms)
             assert_close(values_and_gradients(model, x, **terms), expected)
 
 
@@ -66,7 +70,7 @@ def check_weights(a):
         assert torch.equal(weights > 0, allowed)
         assert torch.equal(weights == 0, ~allowed)
         assert_close(weights.sum(-1), allowed.any(-1).to(weights.dtype))
-        assert_close(weights, a.oracle(model, a.n_heads).attention_weights(x, **terms))
+        assert_close(weights, a.oracle(model).attention_weights(x, **terms))
 
 
 @needs("bias", "cross")
@@ -85,8 +89,9 @@ def check_bias(a):
 def check_scale(a):
     """A scale of 0 takes the mean of the values; a double scale asks doubled questions."""
     model, x = a.model(), a.tokens(2, 4)
-    mean = model.o_proj(model.v_proj(x).mean(1, keepdim=True))
-    assert_close(model(x, scale=0.0), mean.expand_as(x))
+    v = rearrange(model.v_proj(x).mean(1, keepdim=True), "b 1 (g v) -> b 1 g v", g=a.n_kv_heads)
+    mean = model.o_proj(repeat(v, "b 1 g v -> b n (g r v)", n=4, r=a.n_heads // a.n_kv_heads))
+    assert_close(model(x, scale=0.0), mean)
     y = model(x, scale=0.6)
     with torch.no_grad():
         model.q_proj.weight.mul_(2)
@@ -222,7 +227,9 @@ def check_large_scores(a):
         for is_causal in False, True:
             y, *gradients = values_and_gradients(model, x, is_causal=is_causal)
             assert all(gradient.isfinite().all() for gradient in gradients)
-            assert_close(y, a.oracle(model, a.n_heads)(x, is_causal=is_causal))
+            if dtype.itemsize > 2:  # scores of 16 bits are too coarse to say who is the largest
+                exact = a.oracle(copy.deepcopy(model).double())(x.double(), is_causal=is_causal)
+                assert_close(y.double(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
 
 
 @needs("weights", "mask", "bias")
@@ -266,8 +273,8 @@ def check_low_precision(a):
     """In 16 bits the error is at most twice that of the naive computation."""
     for dtype in at_least_one(d for d in a.dtypes if d.itemsize == 2):
         model, x = a.model(dtype), a.tokens(4, 24).to(dtype)
-        exact = a.oracle(copy.deepcopy(model).double(), a.n_heads)(x.double(), is_causal=True)
-        runs = model, a.oracle(model, a.n_heads)
+        exact = a.oracle(copy.deepcopy(model).double())(x.double(), is_causal=True)
+        runs = model, a.oracle(model)
         error, naive_error = ((run(x, is_causal=True) - exact).abs().max() for run in runs)
         assert error <= 2 * naive_error + 1e-6, f"{dtype}: {error} against {naive_error}"
 

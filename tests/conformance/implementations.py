@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 D_MODEL = 6
-MODULES = ("validation", "masks", "attention")
+MODULES = ("validation", "masks", "attention", "multi_head")
 """The modules of tfm_ref under test, each after those that it imports."""
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -23,9 +23,17 @@ TRAITS = {"cross", "mask", "bias", "scale", "weights", "unordered", *DTYPES}
 class Projected(nn.Module):
     """Attention around a function of q, k, v: x asks, context (x itself if absent) answers."""
 
-    def __init__(self, attend: Callable, weigh: Callable, n_heads: int, **projections: nn.Linear):
+    def __init__(
+        self,
+        attend: Callable,
+        weigh: Callable,
+        n_heads: int,
+        n_kv_heads: int,
+        **projections: nn.Linear,
+    ):
         super().__init__()
-        self.attend, self.weigh, self.n_heads = attend, weigh, n_heads
+        self.attend, self.weigh = attend, weigh
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         for name, projection in projections.items():
             self.add_module(name, projection)
 
@@ -39,21 +47,21 @@ class Projected(nn.Module):
     def _split(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
         context = x if context is None else context
         flat = self.q_proj(x), self.k_proj(context), self.v_proj(context)
-        return [rearrange(t, "b n (h k) -> b h n k", h=self.n_heads) for t in flat]
+        heads = self.n_heads, self.n_kv_heads, self.n_kv_heads
+        return [rearrange(t, "b n (h k) -> b h n k", h=h) for t, h in zip(flat, heads, strict=True)]
 
 
-def projections(n_heads: int, head_dim: int, v_head_dim: int) -> dict[str, nn.Linear]:
-    """Make the four projections that :class:`Projected` needs."""
-    return {
-        "q_proj": nn.Linear(D_MODEL, n_heads * head_dim, bias=False),
-        "k_proj": nn.Linear(D_MODEL, n_heads * head_dim, bias=False),
-        "v_proj": nn.Linear(D_MODEL, n_heads * v_head_dim, bias=False),
-        "o_proj": nn.Linear(n_heads * v_head_dim, D_MODEL, bias=False),
-    }
+def project(attend: Callable, weigh: Callable) -> Projected:
+    """Surround functions of q, k, v with projections: 4 heads, 2 for keys and values."""
+    widths = {"q_proj": 4 * 3, "k_proj": 2 * 3, "v_proj": 2 * 5}
+    projections = {name: nn.Linear(D_MODEL, width, bias=False) for name, width in widths.items()}
+    projections["o_proj"] = nn.Linear(4 * 5, D_MODEL, bias=False)
+    return Projected(attend, weigh, 4, 2, **projections)
 
 
 def naive_weights(q, k, *, mask=None, is_causal=False, bias=None, scale=None):
     """The equation, literally: e^score of each allowed key, over their sum; 0 without any."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores if bias is None else scores + bias
     allowed = torch.ones_like(scores, dtype=torch.bool)
@@ -69,13 +77,13 @@ def naive_weights(q, k, *, mask=None, is_causal=False, bias=None, scale=None):
 
 def naive(q, k, v, **terms):
     """Weigh the values by :func:`naive_weights`."""
-    return naive_weights(q, k, **terms) @ v
+    return naive_weights(q, k, **terms) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
 
-def same_projections(model: nn.Module, n_heads: int) -> nn.Module:
+def same_projections(model: nn.Module, a: "Implementation") -> nn.Module:
     """Put the naive equation between the model's own projections."""
-    names = "q_proj", "k_proj", "v_proj", "o_proj"
-    return Projected(naive, naive_weights, n_heads, **{n: getattr(model, n) for n in names})
+    projections = {name: getattr(model, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    return Projected(naive, naive_weights, a.n_heads, a.n_kv_heads or a.n_heads, **projections)
 
 
 def by_prefix(model: nn.Module, x: Tensor, stops: list[int]) -> Iterator[Tensor]:
@@ -96,20 +104,21 @@ class Implementation:
 
     ``build`` makes a module that is called with ``x``, in cross-attention also ``context``, and
     with ``mask``, ``is_causal``, ``bias`` and ``scale``; ``lacks`` names what it cannot do.
-    ``oracle`` gives the equation with the module's weights; ``decode`` runs a sequence in chunks,
-    with a cache if there is one.
+    ``equation`` gives the equation with the module's weights; ``decode`` runs a sequence in
+    chunks, with a cache if there is one.
 
     The suite asks of the module that x is (batch, length, D_MODEL), that it attends to
     everything unless a mask or ``is_causal`` says otherwise, and that its projections are called
-    q_proj, k_proj, v_proj and o_proj, or that it brings an ``oracle`` of its own.
+    q_proj, k_proj, v_proj and o_proj, or that it brings an ``equation`` of its own.
     """
 
     name: str
     build: Callable[[], nn.Module]
     padding_mask: Callable
     n_heads: int = 1
+    n_kv_heads: int | None = None
     lacks: frozenset[str] = frozenset()
-    oracle: Callable[[nn.Module, int], nn.Module] = same_projections
+    equation: Callable[[nn.Module, "Implementation"], nn.Module] = same_projections
     decode: Callable[[nn.Module, Tensor, list[int]], Iterator[Tensor]] = by_prefix
     device: str = "cpu"
 
@@ -147,21 +156,30 @@ class Implementation:
                 parameter.copy_(self.draw(*parameter.shape, seed=10 + seed) / 2)
         return model.to(dtype)
 
+    def oracle(self, model: nn.Module) -> nn.Module:
+        """Give the equation with the parameters of the model."""
+        return self.equation(model, self)
+
 
 def implementations(package: ModuleType | SimpleNamespace) -> list[Implementation]:
     """List what the suite tests: the attention of the package, or of mutants of its MODULES."""
-    attention, pad = package.attention, package.masks.padding_mask
-    sdpa, weights = attention.scaled_dot_product_attention, attention.attention_weights
-    one = attention.SelfAttention
-    alone = frozenset({"cross", "bias", "scale"})
-    return [
-        Implementation(
-            "scaled_dot_product_attention",
-            lambda: Projected(sdpa, weights, 3, **projections(3, head_dim=4, v_head_dim=5)),
+    attention, multi_head = package.attention, package.multi_head
+    pad, weights = package.masks.padding_mask, attention.attention_weights
+    one, several = attention.SelfAttention, multi_head.MultiHeadAttention
+    alone, free = frozenset({"cross", "bias", "scale"}), {"head_dim": 5, "v_head_dim": 2}
+
+    def heads(name: str, n_heads: int, **settings) -> Implementation:
+        return Implementation(
+            f"MultiHeadAttention({name})",
+            lambda: several(d_model=D_MODEL, n_heads=n_heads, **settings),
             pad,
-            n_heads=3,
+            n_heads=n_heads,
+            n_kv_heads=settings.get("n_kv_heads"),
+            lacks=frozenset({"scale"}),
             decode=by_context,
-        ),
+        )
+
+    return [
         Implementation("SelfAttention", lambda: one(d_model=D_MODEL), pad, lacks=alone),
         Implementation(
             "SelfAttention(head_dim, v_head_dim, bias)",
@@ -169,4 +187,24 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
             pad,
             lacks=alone,
         ),
+        *[
+            Implementation(
+                attend.__name__,
+                lambda attend=attend: project(attend, weights),
+                pad,
+                n_heads=4,
+                n_kv_heads=2,
+                decode=by_context,
+            )
+            for attend in multi_head.BACKENDS.values()
+        ],
+        *[
+            implementation
+            for backend in multi_head.BACKENDS
+            for implementation in (
+                heads(f"{backend}, MHA", 3, backend=backend),
+                heads(f"{backend}, GQA, bias", 4, n_kv_heads=2, bias=True, **free, backend=backend),
+                heads(f"{backend}, MQA, qkv bias", 2, n_kv_heads=1, bias="qkv", backend=backend),
+            )
+        ],
     ]

@@ -35,6 +35,9 @@ JOIN = "mask & causal"
 BIAS = "scores = scores + bias"
 CHECK = "check_mask(mask, scores)\n    if"
 KV = "self.k_proj(x), self.v_proj(x)"
+JOINED = "b h n v -> b n (h v)"
+SPLIT = "b n (h k) -> b h n k"
+ADDED = "allowed if bias is None else bias.masked_fill(~allowed, -torch.inf)"
 
 MUTANTS = [
     Mutant(defect, f"check_{check}", old, new)
@@ -43,6 +46,12 @@ MUTANTS = [
         ("scale by d, not by its root", "equation", "** -0.5", "** -1"),
         ("keys taken for values", "equation", WEIGH, WEIGH.replace(" v,", " k,")),
         ("k and v swapped", "equation", KV, "self.v_proj(x), self.k_proj(x)"),
+        ("query heads share keys in turn", "equation", "b g m k -> b (g r)", "b g m k -> b (r g)"),
+        ("heads split with a stride", "equation", SPLIT, SPLIT.replace("(h k)", "(k h)")),
+        ("heads joined with a stride", "equation", JOINED, JOINED.replace("(h v)", "(v h)")),
+        ("context ignored", "equation", "if context is None:", "if True:"),
+        ("fused, a bias is lost beside a mask", "equation", ADDED, "allowed"),
+        ("fused, the scale is lost", "equation", "scale=scale,\n        enable", "enable"),
         ("no gradient through weights", "gradients", WEIGH, WEIGH.replace("s,", "s.detach(),")),
         ("softmax over queries", "weights", SOFTMAX, SOFTMAX.replace("-1", "-2")),
         ("masked softmax over queries", "weights", FILL, FILL.replace("-1", "-2")),
@@ -78,6 +87,7 @@ MUTANTS = [
         ("or instead of and", "causal_and_mask", JOIN, "mask | causal"),
         ("mask dropped if causal", "causal_and_mask", JOIN, "causal"),
         ("blind query takes the mean", "nothing_to_see", ZERO, "weights"),
+        ("fused, it takes the mean", "nothing_to_see", "y.masked_fill(blind, 0.0)", "y"),
         (
             "blind query gives NaN",
             "nothing_to_see",
@@ -100,6 +110,7 @@ MUTANTS = [
             "j < lengths[:, None] - 1",
         ),
         ("aligned at the top left", "rectangles", "[:, None] + (len_k - len_q)", "[:, None]"),
+        ("fused, aligned at the top left", "rectangles", " and q.shape[2] == k.shape[2])", ")"),
         ("second chunk sees all", "chunks", ASKED, "if is_causal and q.shape[2] == k.shape[2]:"),
         (
             "one mask for the whole batch",

@@ -1,0 +1,244 @@
+"""Several attentions side by side: one class for MHA, GQA and MQA, for self and cross."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tfm_ref.attention import attention_weights, scaled_dot_product_attention
+from tfm_ref.masks import causal_mask
+from tfm_ref.validation import (
+    check_bias,
+    check_dropout,
+    check_mask,
+    check_qkv,
+    check_size,
+    check_tokens,
+)
+
+
+def fused_attention(
+    q: Float[Tensor, "b h n k"],
+    k: Float[Tensor, "b g m k"],
+    v: Float[Tensor, "b g m v"],
+    *,
+    mask: Bool[Tensor, "#b #h #n #m"] | None = None,
+    is_causal: bool = False,
+    bias: Float[Tensor, "#b #h #n #m"] | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "b h n v"]:
+    """Compute :func:`tfm_ref.scaled_dot_product_attention` with PyTorch's fused kernels.
+
+    Arguments, returns and errors are the same. The n × m weights are not stored, save where
+    PyTorch has no fused kernel for what is asked; on the CPU that is dropout, and values of
+    another width than the keys.
+
+    Reference:
+        ``torch.nn.functional.scaled_dot_product_attention``. Its ``is_causal`` aligns the first
+        query with the first key; ours aligns the last with the last. A query that may attend to
+        nothing gives NaN in some of its kernels; here it gives 0.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 2, 5, 8)
+        >>> expected = scaled_dot_product_attention(q, k, v, is_causal=True)
+        >>> torch.allclose(fused_attention(q, k, v, is_causal=True), expected, atol=1e-6)
+        True
+    """
+    check_qkv(q, k, v)
+    check_dropout(dropout)
+    scores = q.new_empty(()).expand(*q.shape[:3], k.shape[2])  # no memory: what checks look at
+    if bias is not None:
+        check_bias(bias, scores)
+    if mask is not None:
+        check_mask(mask, scores)
+    if is_causal and not (mask is None and bias is None and q.shape[2] == k.shape[2]):
+        causal = causal_mask(*scores.shape[2:], device=q.device)
+        mask, is_causal = causal if mask is None else mask & causal, False
+    added, blind = bias, None
+    if mask is not None:
+        # A query without any allowed key is shown all of them, and its output set to 0.
+        blind = ~mask.any(-1, keepdim=True)
+        allowed = mask | blind
+        added = allowed if bias is None else bias.masked_fill(~allowed, -torch.inf)
+    y = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=added,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return y if blind is None else y.masked_fill(blind, 0.0)
+
+
+BACKENDS = {"naive": scaled_dot_product_attention, "sdpa": fused_attention}
+"""The ways to compute one and the same attention, by name."""
+
+
+class MultiHeadAttention(nn.Module):
+    """Let every token gather information from the tokens of a context, by several heads at once.
+
+    ``head_i = Attention(x W_Q[i], c W_K[i], c W_V[i])``,
+    ``output = [head_1, ..., head_h] W_O``, where the context c is x itself in self-attention.
+
+    Args:
+        d_model: width of the tokens.
+        n_heads: number of query heads.
+        n_kv_heads: number of key and value heads, each shared by n_heads / n_kv_heads query
+            heads; n_heads (MHA) if not given. 1 is MQA, anything between is GQA.
+        head_dim: width of one query and one key; d_model / n_heads if not given.
+        v_head_dim: width of one value; head_dim if not given.
+        bias: add a bias to all four projections, or to those named, such as "qkv".
+        dropout: probability with which a weight is set to 0 in training.
+        backend: how to compute, "sdpa" (PyTorch's fused kernels) or "naive" (as it is written in
+            the equation); the result is the same.
+
+    Raises:
+        ValueError: if a size is not an integer of at least 1, n_heads is no multiple of
+            n_kv_heads, head_dim is not given and n_heads does not divide d_model, dropout does
+            not lie in 0 ≤ dropout < 1, or bias or backend is unknown.
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2; Shazeer 2019, "Fast
+        Transformer Decoding: One Write-Head is All You Need" (MQA); Ainslie et al. 2023, "GQA:
+        Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints". Heads
+        i·r to i·r + r - 1 share key head i, as in the public models.
+
+    Example:
+        >>> attention = MultiHeadAttention(d_model=512, n_heads=8)
+        >>> attention(torch.randn(2, 50, 512)).shape
+        torch.Size([2, 50, 512])
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        v_head_dim: int | None = None,
+        bias: bool | str = False,
+        dropout: float = 0.0,
+        backend: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        check_size("d_model", d_model)
+        check_size("n_heads", n_heads)
+        if head_dim is None and d_model % n_heads:
+            raise ValueError(
+                f"d_model ({d_model}) must be divisible by n_heads ({n_heads}), "
+                "or head_dim be given"
+            )
+        self.d_model, self.n_heads = d_model, n_heads
+        self.n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        self.head_dim = d_model // n_heads if head_dim is None else head_dim
+        self.v_head_dim = self.head_dim if v_head_dim is None else v_head_dim
+        for name in "n_kv_heads", "head_dim", "v_head_dim":
+            check_size(name, getattr(self, name))
+        if n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads ({n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"
+            )
+        biased = {True: "qkvo", False: ""}.get(bias, bias)
+        if not isinstance(biased, str) or not set(biased) <= set("qkvo"):
+            raise ValueError(f'bias must be True, False or letters of "qkvo"; got {bias!r}')
+        check_dropout(dropout)
+        if backend not in BACKENDS:
+            raise ValueError(f'backend must be one of {", ".join(BACKENDS)}; got "{backend}"')
+        self.dropout, self.backend = dropout, backend
+
+        width, kv_width = n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(d_model, width, bias="q" in biased)
+        self.k_proj = nn.Linear(d_model, kv_width, bias="k" in biased)
+        self.v_proj = nn.Linear(d_model, self.n_kv_heads * self.v_head_dim, bias="v" in biased)
+        self.o_proj = nn.Linear(n_heads * self.v_head_dim, d_model, bias="o" in biased)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b m d"] | None = None,
+        *,
+        mask: Bool[Tensor, "#b #h #n #m"] | None = None,
+        is_causal: bool = False,
+        bias: Float[Tensor, "#b #h #n #m"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Mix into each token of x what its heads find in the context.
+
+        Args:
+            x: tokens that ask.
+            context: tokens that answer, for cross-attention; x if not given.
+            mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
+            is_causal: let a token see no later one; aligned at the bottom right. Joined with
+                ``mask`` by AND.
+            bias: finite numbers added to the scaled scores; each axis of size 1 or full.
+
+        Returns:
+            The mixed tokens, shaped like x.
+
+        Raises:
+            ValueError: if x or context has not the shape (batch, length, d_model), is empty, or
+                has not the device or (autocast apart) the dtype of the layer, if their batches
+                differ, or if mask or bias does not fit in dtype, axes or device.
+
+        Example:
+            >>> x, context = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+            >>> MultiHeadAttention(d_model=8, n_heads=2)(x, context).shape
+            torch.Size([2, 3, 8])
+        """
+        q, k, v = self._project(x, context)
+        attend = BACKENDS[self.backend]
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q, k, v, mask=mask, is_causal=is_causal, bias=bias, dropout=dropout)
+        return self.o_proj(rearrange(y, "b h n v -> b n (h v)"))
+
+    def attention_weights(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b m d"] | None = None,
+        *,
+        mask: Bool[Tensor, "#b #h #n #m"] | None = None,
+        is_causal: bool = False,
+        bias: Float[Tensor, "#b #h #n #m"] | None = None,
+    ) -> Float[Tensor, "b h n m"]:
+        """Show the weights that :meth:`forward` uses, before dropout.
+
+        Args:
+            x: tokens that ask.
+            context: tokens that answer, for cross-attention; x if not given.
+            mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
+            is_causal: let a token see no later one; aligned at the bottom right. Joined with
+                ``mask`` by AND.
+            bias: finite numbers added to the scaled scores; each axis of size 1 or full.
+
+        Returns:
+            Weights of shape (batch, n_heads, len_q, len_k), as
+            :func:`tfm_ref.attention_weights` gives.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        q, k, _ = self._project(x, context)
+        return attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias)
+
+    def _project(
+        self, x: Float[Tensor, "b n d"], context: Float[Tensor, "b m d"] | None
+    ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b g m k"], Float[Tensor, "b g m v"]]:
+        """Make queries, keys and values, and give each head its own."""
+        check_tokens("x", x, self.q_proj.weight)
+        if context is None:
+            context = x
+        else:
+            check_tokens("context", context, self.k_proj.weight)
+        q = rearrange(self.q_proj(x), "b n (h k) -> b h n k", h=self.n_heads)
+        k = rearrange(self.k_proj(context), "b m (g k) -> b g m k", g=self.n_kv_heads)
+        v = rearrange(self.v_proj(context), "b m (g v) -> b g m v", g=self.n_kv_heads)
+        return q, k, v
+
+    def extra_repr(self) -> str:
+        """Name what the shapes of the projections do not show."""
+        return f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, backend={self.backend!r}"
