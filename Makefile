@@ -7,7 +7,7 @@ export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := passive
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: help book test notebooks notebooks-all gpu lab serve links lint lock clean
+.PHONY: help book test notebooks notebooks-all bench gpu lab serve links lint lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,9 +31,12 @@ notebooks: .venv/ready ## run the notebooks whose text has changed and store the
 notebooks-all: .venv/ready ## run all notebooks anew: after a change in tfm_ref
 	$(BIN)/python tools/notebooks.py build --all
 
+bench: .venv/ready ## print how fast the package is against others, on one thread of the CPU
+	$(BIN)/pytest --quiet --capture=no tests/test_speed.py
+
 gpu: ## run the tests of attention on CUDA with the Python that is active
 	TFM_REF_DEVICE=cuda $(PYTHON) -m pytest -o addopts=--import-mode=importlib \
-		tests/conformance tests/test_attention.py
+		tests/conformance tests/test_attention.py tests/test_multi_head.py
 
 lab: .venv/ready ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks
