@@ -59,6 +59,7 @@ def test_symbols_fit_the_formulas():
         "S": t["Q"] @ t["K"].T,
         "A": t["S"].softmax(-1),
         "O": t["A"] @ t["V"],
-        "X": t["O"] @ t["W_O"],
+        "Y": t["O"] @ t["W_O"],
     }
     assert all(t[tex].shape == result.shape for tex, result in shapes.items())
+    assert t["Y"].shape == t["X"].shape  # layers can be stacked

@@ -62,8 +62,7 @@ def attention_weights(
     """
     check_qkv(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k = repeat(k, "b g m k -> b (g r) m k", r=q.shape[1] // k.shape[1])
-    scores = einsum(q * scale, k, "b h n k, b h m k -> b h n m")
+    scores = einsum(q * scale, _share(k, q), "b h n k, b h m k -> b h n m")
     if bias is not None:
         check_bias(bias, scores)
         scores = scores + bias
@@ -132,8 +131,13 @@ def scaled_dot_product_attention(
     check_dropout(dropout)
     weights = attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias, scale=scale)
     weights = F.dropout(weights, dropout)
-    v = repeat(v, "b g m v -> b (g r) m v", r=q.shape[1] // v.shape[1])
-    return einsum(weights, v, "b h n m, b h m v -> b h n v")
+    return einsum(weights, _share(v, q), "b h n m, b h m v -> b h n v")
+
+
+def _share(t: Float[Tensor, "b g m k"], q: Float[Tensor, "b h n _"]) -> Float[Tensor, "b h m k"]:
+    """Give each query head its key or value head: one for every r in a row."""
+    r = q.shape[1] // t.shape[1]
+    return t if r == 1 else repeat(t, "b g m k -> b (g r) m k", r=r)
 
 
 class SelfAttention(nn.Module):

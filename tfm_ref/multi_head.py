@@ -29,7 +29,7 @@ def fused_attention(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "b h n v"]:
-    """Compute :func:`tfm_ref.scaled_dot_product_attention` with PyTorch's fused kernels.
+    """Compute :func:`~tfm_ref.attention.scaled_dot_product_attention` with PyTorch's kernels.
 
     Arguments, returns and errors are the same. The n × m weights are not stored, save where
     PyTorch has no fused kernel for what is asked; on the CPU that is dropout, and values of
@@ -217,7 +217,7 @@ class MultiHeadAttention(nn.Module):
 
         Returns:
             Weights of shape (batch, n_heads, len_q, len_k), as
-            :func:`tfm_ref.attention_weights` gives.
+            :func:`tfm_ref.attention.attention_weights` gives.
 
         Raises:
             ValueError: as :meth:`forward`.

@@ -44,6 +44,7 @@ SYMBOLS = {
     "V": Symbol("values", "m v", "$XW_V$; of the same sequence as the keys"),
     "S": Symbol("scores", "n m", r"$QK^\top / \sqrt{d_k}$"),
     "A": Symbol("weights", "n m", r"$\operatorname{softmax}(S)$, row by row"),
-    "O": Symbol("output", "n v", "$AV$, one mixture of values per query"),
+    "O": Symbol("output of a head", "n v", "$AV$, one mixture of values per query"),
+    "Y": Symbol("output of a layer", "n d", "$OW_O$, summed over the heads"),
 }
 """Symbol of the formulas, as TeX."""
