@@ -31,9 +31,9 @@ def fused_attention(
 ) -> Float[Tensor, "b h n v"]:
     """Compute :func:`~tfm_ref.attention.scaled_dot_product_attention` with PyTorch's kernels.
 
-    Arguments, returns and errors are the same. The n × m weights are not stored, save where
-    PyTorch has no fused kernel for what is asked; on the CPU that is dropout, and values of
-    another width than the keys.
+    Arguments, returns and errors are the same. PyTorch chooses the kernel; on the CPU the n × m
+    weights are stored only with dropout, with values of another width than the keys, or if the
+    bias needs a gradient.
 
     Reference:
         ``torch.nn.functional.scaled_dot_product_attention``. Its ``is_causal`` aligns the first
