@@ -62,7 +62,7 @@ def attention_weights(
     """
     check_qkv(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = einsum(q * scale, _share(k, q), "b h n k, b h m k -> b h n m")
+    scores = einsum(q * scale, _share(k, q.shape[1]), "b h n k, b h m k -> b h n m")
     if bias is not None:
         check_bias(bias, scores)
         scores = scores + bias
@@ -131,12 +131,12 @@ def scaled_dot_product_attention(
     check_dropout(dropout)
     weights = attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias, scale=scale)
     weights = F.dropout(weights, dropout)
-    return einsum(weights, _share(v, q), "b h n m, b h m v -> b h n v")
+    return einsum(weights, _share(v, q.shape[1]), "b h n m, b h m v -> b h n v")
 
 
-def _share(t: Float[Tensor, "b g m k"], q: Float[Tensor, "b h n _"]) -> Float[Tensor, "b h m k"]:
+def _share(t: Float[Tensor, "b g m k"], n_heads: int) -> Float[Tensor, "b h m k"]:
     """Give each query head its key or value head: one for every r in a row."""
-    r = q.shape[1] // t.shape[1]
+    r = n_heads // t.shape[1]
     return t if r == 1 else repeat(t, "b g m k -> b (g r) m k", r=r)
 
 

@@ -146,6 +146,8 @@ def cell_problems(cell: NotebookNode, constants: set[str]) -> list[str]:
         myst = cell.metadata.get("mystnb", {})
         missing = {"caption", "name"} - myst.get("figure", {}).keys()
         missing |= {"alt"} - myst.get("image", {}).keys()
+        if len(cell.outputs) > 1:
+            found.append("it shows more than its figure")
         if missing:
             found.append(f"its figure lacks {', '.join(sorted(missing))}")
     return found

@@ -27,7 +27,7 @@ class Mutant(NamedTuple):
 SOFTMAX = "return scores.softmax(-1)\n"
 FILL = "scores.masked_fill(~mask, -torch.inf).masked_fill(blind, 0.0).softmax(-1)"
 ZERO = "weights.masked_fill(~mask, 0.0)"
-WEIGH = 'einsum(weights, _share(v, q), "b h n m, b h m v -> b h n v")'
+WEIGH = 'einsum(weights, _share(v, q.shape[1]), "b h n m, b h m v -> b h n v")'
 SCALE = "q.shape[-1] ** -0.5 if scale is None else scale"
 CAUSAL = "(j <= i)[None, None]"
 ASKED = "if is_causal:"

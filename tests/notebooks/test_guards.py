@@ -183,6 +183,11 @@ def page_of_html(cells):
     output(cells, "image/png")[1].data["text/html"] = "<b>bold</b>"
 
 
+def value_beside_a_figure(cells):
+    outputs = output(cells, "image/png")[0].outputs
+    outputs.append(nbformat.v4.new_output("execute_result", {"text/plain": "Text(0, 0)"}))
+
+
 def exercise_solved_by_its_stub(cells):
     out = next(o for c in cells for o in c.get("outputs", []) if o.get("text", "").startswith("☐"))
     out.text = "☑ solved\n"
@@ -247,6 +252,7 @@ def test_comparison_catches(copy, change, said):
         (machine_path, "its output speaks of one machine"),
         (claim_without_a_call, "it has 1 calls of check, refute or attempt, and prints others"),
         (page_of_html, "it shows text/html, which is not compared"),
+        (value_beside_a_figure, "it shows more than its figure"),
         (exercise_solved_by_its_stub, "fail before its solution and pass after it: ☑☑"),
     ],
 )
