@@ -205,15 +205,7 @@ class MultiHeadAttention(nn.Module):
         is_causal: bool = False,
         bias: Float[Tensor, "#b #h #n #m"] | None = None,
     ) -> Float[Tensor, "b h n m"]:
-        """Show the weights that :meth:`forward` uses, before dropout.
-
-        Args:
-            x: tokens that ask.
-            context: tokens that answer, for cross-attention; x if not given.
-            mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
-            is_causal: let a token see no later one; aligned at the bottom right. Joined with
-                ``mask`` by AND.
-            bias: finite numbers added to the scaled scores; each axis of size 1 or full.
+        """Show the weights that :meth:`forward` uses, before dropout; its arguments are the same.
 
         Returns:
             Weights of shape (batch, n_heads, len_q, len_k), as
