@@ -325,6 +325,7 @@ def test_fused_equals_torch_where_torch_agrees(device):
         ({"n_kv_heads": 16}, "n_heads (8) must be a multiple of n_kv_heads (16)"),
         ({"bias": "qx"}, "bias must be True, False or letters of \"qkvo\"; got 'qx'"),
         ({"bias": 2}, 'bias must be True, False or letters of "qkvo"; got 2'),
+        ({"bias": ["q"]}, "bias must be True, False or letters of \"qkvo\"; got ['q']"),
         ({"dropout": 1.0}, "dropout must lie in 0 <= dropout < 1; got 1.0"),
         ({"dropout": -0.1}, "dropout must lie in 0 <= dropout < 1; got -0.1"),
         ({"backend": "fast"}, 'backend must be one of naive, sdpa; got "fast"'),

@@ -144,7 +144,7 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(
                 f"n_heads ({n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"
             )
-        biased = {True: "qkvo", False: ""}.get(bias, bias)
+        biased = {True: "qkvo", False: ""}[bias] if isinstance(bias, bool) else bias
         if not isinstance(biased, str) or not set(biased) <= set("qkvo"):
             raise ValueError(f'bias must be True, False or letters of "qkvo"; got {bias!r}')
         check_dropout(dropout)
