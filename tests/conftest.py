@@ -7,9 +7,12 @@ import jaxtyping
 import pytest
 
 # Every shape annotation of tfm_ref is enforced from here on, in its doctests too.
-# A GPU machine may lack beartype; `make test` installs it.
+# An integer is good where a float is asked for. A GPU machine may lack beartype; `make test`
+# installs it.
 if find_spec("beartype"):
-    jaxtyping.install_import_hook("tfm_ref", "beartype.beartype")
+    jaxtyping.install_import_hook(
+        "tfm_ref", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    )
 pytest.register_assert_rewrite("conformance.checks")
 
 import torch  # noqa: E402

@@ -2,21 +2,51 @@
 
 from tfm_ref.attention import SelfAttention, attention_weights, scaled_dot_product_attention
 from tfm_ref.claims import attempt, check, refute
+from tfm_ref.data import corpus
 from tfm_ref.masks import causal_mask, padding_mask, prefix_mask, sliding_window_mask
 from tfm_ref.multi_head import MultiHeadAttention, fused_attention
+from tfm_ref.positions import (
+    ALiBi,
+    LearnedPositions,
+    PositionScheme,
+    SinusoidalPositions,
+    T5Bias,
+    alibi_slopes,
+    sinusoidal_encoding,
+)
+from tfm_ref.rotary import (
+    LinearScaling,
+    Llama3Scaling,
+    NTKScaling,
+    RotaryPositions,
+    YaRNScaling,
+)
 
 __version__ = "0.1.0"
 __all__ = [
+    "ALiBi",
+    "LearnedPositions",
+    "LinearScaling",
+    "Llama3Scaling",
     "MultiHeadAttention",
+    "NTKScaling",
+    "PositionScheme",
+    "RotaryPositions",
     "SelfAttention",
+    "SinusoidalPositions",
+    "T5Bias",
+    "YaRNScaling",
+    "alibi_slopes",
     "attempt",
     "attention_weights",
     "causal_mask",
     "check",
+    "corpus",
     "fused_attention",
     "padding_mask",
     "prefix_mask",
     "refute",
     "scaled_dot_product_attention",
+    "sinusoidal_encoding",
     "sliding_window_mask",
 ]

@@ -1,5 +1,7 @@
 """Several attentions side by side: one class for MHA, GQA and MQA, for self and cross."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -166,6 +168,7 @@ class MultiHeadAttention(nn.Module):
         mask: Bool[Tensor, "#b #h #n #m"] | None = None,
         is_causal: bool = False,
         bias: Float[Tensor, "#b #h #n #m"] | None = None,
+        rotation: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Mix into each token of x what its heads find in the context.
 
@@ -176,6 +179,9 @@ class MultiHeadAttention(nn.Module):
             is_causal: let a token see no later one; aligned at the bottom right. Joined with
                 ``mask`` by AND.
             bias: finite numbers added to the scaled scores; each axis of size 1 or full.
+            rotation: turns queries and keys by their positions, as
+                :meth:`tfm_ref.positions.PositionScheme.rotation` makes it for those of the
+                context; the tokens of x are the last of them.
 
         Returns:
             The mixed tokens, shaped like x.
@@ -183,14 +189,14 @@ class MultiHeadAttention(nn.Module):
         Raises:
             ValueError: if x or context has not the shape (batch, length, d_model), is empty, or
                 has not the device or (autocast apart) the dtype of the layer, if their batches
-                differ, or if mask or bias does not fit in dtype, axes or device.
+                differ, or if mask, bias or rotation does not fit.
 
         Example:
             >>> x, context = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
             >>> MultiHeadAttention(d_model=8, n_heads=2)(x, context).shape
             torch.Size([2, 3, 8])
         """
-        q, k, v = self._project(x, context)
+        q, k, v = self._project(x, context, rotation)
         attend = BACKENDS[self.backend]
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v, mask=mask, is_causal=is_causal, bias=bias, dropout=dropout)
@@ -204,6 +210,7 @@ class MultiHeadAttention(nn.Module):
         mask: Bool[Tensor, "#b #h #n #m"] | None = None,
         is_causal: bool = False,
         bias: Float[Tensor, "#b #h #n #m"] | None = None,
+        rotation: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "b h n m"]:
         """Show the weights that :meth:`forward` uses, before dropout; its arguments are the same.
 
@@ -214,11 +221,14 @@ class MultiHeadAttention(nn.Module):
         Raises:
             ValueError: as :meth:`forward`.
         """
-        q, k, _ = self._project(x, context)
+        q, k, _ = self._project(x, context, rotation)
         return attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias)
 
     def _project(
-        self, x: Float[Tensor, "b n d"], context: Float[Tensor, "b m d"] | None
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b m d"] | None,
+        rotation: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b g m k"], Float[Tensor, "b g m v"]]:
         """Make queries, keys and values, and give each head its own."""
         check_tokens("x", x, self.q_proj.weight)
@@ -229,7 +239,7 @@ class MultiHeadAttention(nn.Module):
         q = rearrange(self.q_proj(x), "b n (h k) -> b h n k", h=self.n_heads)
         k = rearrange(self.k_proj(context), "b m (g k) -> b g m k", g=self.n_kv_heads)
         v = rearrange(self.v_proj(context), "b m (g v) -> b g m v", g=self.n_kv_heads)
-        return q, k, v
+        return (q, k, v) if rotation is None else (rotation(q), rotation(k), v)
 
     def extra_repr(self) -> str:
         """Name what the shapes of the projections do not show."""

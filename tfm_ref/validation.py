@@ -224,3 +224,43 @@ def check_bias(bias: Tensor, scores: Tensor) -> None:
         )
     check_same_kind("the scores", scores, "bias", bias)
     check_axes("bias", bias, scores)
+
+
+def check_positions(
+    name: str, positions: Tensor, shape: tuple[int, int | None] | None = None
+) -> None:
+    """Refuse positions that are not integers, or that do not line up with the tokens.
+
+    Args:
+        name: what the message calls the positions.
+        positions: the positions to check.
+        shape: batch and length (any, if None) of what they are the positions of; any shape of
+            two axes will do if not given. A batch of 1 goes with every batch.
+
+    Raises:
+        ValueError: if the positions are no integer tensor, have not two axes, are empty, or do
+            not fit the shape.
+
+    Example:
+        >>> check_positions("positions", torch.arange(5))
+        Traceback (most recent call last):
+        ValueError: positions must be integers of shape (batch or 1, length); got torch.int64 of \
+shape (5,). Write positions[None] for one row that all sequences share.
+    """
+    if positions.is_floating_point() or positions.dtype == torch.bool or positions.ndim != 2:
+        raise ValueError(
+            f"{name} must be integers of shape (batch or 1, length); got {positions.dtype} of "
+            f"shape {tuple(positions.shape)}. "
+            f"Write {name}[None] for one row that all sequences share."
+        )
+    batch, length = positions.shape
+    wanted_batch, wanted_length = (None, None) if shape is None else shape
+    if (
+        0 in (batch, length)
+        or (wanted_batch is not None and 1 not in (batch, wanted_batch) and batch != wanted_batch)
+        or (wanted_length is not None and length != wanted_length)
+    ):
+        raise ValueError(
+            f"{name} of shape (batch or 1, length) must fit batch {wanted_batch} and length "
+            f"{wanted_length} and not be empty; got {tuple(positions.shape)}"
+        )

@@ -3,8 +3,11 @@
 To put a new class through the suite, add a line to :func:`implementations`.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -12,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 D_MODEL = 6
-MODULES = ("validation", "masks", "attention", "multi_head")
+MODULES = ("validation", "masks", "attention", "multi_head", "positions", "rotary")
 """The modules of tfm_ref under test, each after those that it imports."""
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -37,18 +40,21 @@ class Projected(nn.Module):
         for name, projection in projections.items():
             self.add_module(name, projection)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, **terms) -> Tensor:
-        y = self.attend(*self._split(x, context), **terms)
+    def forward(self, x, context=None, *, rotation=None, **terms) -> Tensor:
+        y = self.attend(*self._split(x, context, rotation), **terms)
         return self.o_proj(rearrange(y, "b h n v -> b n (h v)"))
 
-    def attention_weights(self, x: Tensor, context: Tensor | None = None, **terms) -> Tensor:
-        return self.weigh(*self._split(x, context)[:2], **terms)
+    def attention_weights(self, x, context=None, *, rotation=None, **terms) -> Tensor:
+        return self.weigh(*self._split(x, context, rotation)[:2], **terms)
 
-    def _split(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
+    def _split(self, x: Tensor, context: Tensor | None, rotation: Callable | None) -> list[Tensor]:
         context = x if context is None else context
         flat = self.q_proj(x), self.k_proj(context), self.v_proj(context)
         heads = self.n_heads, self.n_kv_heads, self.n_kv_heads
-        return [rearrange(t, "b n (h k) -> b h n k", h=h) for t, h in zip(flat, heads, strict=True)]
+        q, k, v = (
+            rearrange(t, "b n (h k) -> b h n k", h=h) for t, h in zip(flat, heads, strict=True)
+        )
+        return [q, k, v] if rotation is None else [rotation(q), rotation(k), v]
 
 
 def project(attend: Callable, weigh: Callable) -> Projected:
@@ -84,6 +90,77 @@ def same_projections(model: nn.Module, a: "Implementation") -> nn.Module:
     """Put the naive equation between the model's own projections."""
     projections = {name: getattr(model, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     return Projected(naive, naive_weights, a.n_heads, a.n_kv_heads or a.n_heads, **projections)
+
+
+class Positioned(nn.Module):
+    """Attention with a scheme of positions: the last token of x stands where the context ends."""
+
+    def __init__(self, attention: nn.Module, scheme: nn.Module):
+        super().__init__()
+        self.attention, self.scheme = attention, scheme
+
+    @property
+    def o_proj(self) -> nn.Linear:
+        return self.attention.o_proj
+
+    def forward(self, x, context=None, *, mask=None, is_causal=False):
+        return self.attention(x, context, mask=mask, is_causal=is_causal, **self._place(x, context))
+
+    def attention_weights(self, x, context=None, *, mask=None, is_causal=False):
+        weigh = self.attention.attention_weights
+        return weigh(x, context, mask=mask, is_causal=is_causal, **self._place(x, context))
+
+    def _place(self, x: Tensor, context: Tensor | None) -> dict:
+        n, m = x.shape[1], (x if context is None else context).shape[1]
+        positions = torch.arange(max(n, m), device=x.device)[None]
+        bias = self.scheme.bias(positions[:, -n:], positions[:, -m:])
+        rotation = self.scheme.rotation(positions)
+        return {"rotation": rotation, "bias": None if bias is None else bias.to(x.dtype)}
+
+
+class PlainRotary(nn.Module):
+    """RoPE literally: number i and number i + width/2 are one complex number, turned by e^(ima)."""
+
+    def bias(self, q_positions: Tensor, k_positions: Tensor) -> None:
+        return None
+
+    def rotation(self, positions: Tensor) -> Callable[[Tensor], Tensor]:
+        def turn(t: Tensor) -> Tensor:
+            x, y = t.double().chunk(2, dim=-1)
+            pairs = range(x.shape[-1])
+            slow = torch.tensor([1e4 ** (-i / len(pairs)) for i in pairs], device=t.device)
+            angles = positions[0, -t.shape[2] :, None] * slow  # in float32, as they are defined
+            turned = torch.complex(x, y) * torch.complex(angles.cos(), angles.sin())
+            return torch.cat([turned.real, turned.imag], dim=-1).to(t.dtype)
+
+        return turn
+
+
+class PlainBias(nn.Module):
+    """A bias literally: ``number(scheme, head, j - i)`` for each head, query i and key j."""
+
+    def __init__(self, scheme: nn.Module, number: Callable[[nn.Module, int, int], Tensor]):
+        super().__init__()
+        self.scheme, self.number = scheme, number
+
+    def rotation(self, positions: Tensor) -> None:
+        return None
+
+    def bias(self, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+        sizes = range(self.scheme.n_heads), q_positions[0].tolist(), k_positions[0].tolist()
+        numbers = [self.number(self.scheme, h, j - i) for h, i, j in itertools.product(*sizes)]
+        return torch.stack(numbers).reshape([1, *map(len, sizes)]).to(q_positions.device)
+
+
+def of_alibi(scheme: nn.Module, h: int, far: int) -> Tensor:
+    """Fall by 1/4, 1/16, 1/64, 1/256 per position, as four heads do."""
+    return torch.tensor(-abs(far) / 4.0 ** (h + 1))
+
+
+def of_t5(scheme: nn.Module, h: int, far: int) -> Tensor:
+    """Look up the bucket: one each for 0 to 15, then 16 that grow to a distance of 128."""
+    near = max(-far, 0)
+    return scheme.table[near if near < 16 else 16 + int(16 * math.log(near / 16, 8)), h]
 
 
 def by_prefix(model: nn.Module, x: Tensor, stops: list[int]) -> Iterator[Tensor]:
@@ -179,6 +256,25 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
             decode=by_context,
         )
 
+    def placed(scheme: Callable, plainly: Callable, **settings) -> Implementation:
+        """Put a scheme around several heads, and its formula around the equation."""
+        inner = heads("", 4, **settings)
+
+        def equation(model: nn.Module, a: Implementation) -> nn.Module:
+            return Positioned(same_projections(model.attention, a), plainly(model.scheme))
+
+        return replace(
+            inner,
+            name=f"MultiHeadAttention({scheme.func.__name__})",
+            build=lambda: Positioned(inner.build(), scheme()),
+            lacks=inner.lacks | {"unordered", "bias"},
+            equation=equation,
+        )
+
+    rotary = partial(package.rotary.RotaryPositions, head_dim=4)
+    alibi, t5 = (
+        partial(getattr(package.positions, name), n_heads=4) for name in ("ALiBi", "T5Bias")
+    )
     return [
         Implementation("SelfAttention", lambda: one(d_model=D_MODEL), pad, lacks=alone),
         Implementation(
@@ -207,4 +303,7 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
                 heads(f"{backend}, MQA, qkv bias", 2, n_kv_heads=1, bias="qkv", backend=backend),
             )
         ],
+        placed(rotary, lambda scheme: PlainRotary(), n_kv_heads=2, head_dim=4),
+        placed(alibi, partial(PlainBias, number=of_alibi), head_dim=3),
+        placed(t5, partial(PlainBias, number=of_t5), head_dim=3, backend="naive"),
     ]

@@ -1,0 +1,348 @@
+"""Positions against the public implementations, by hand, and what they refuse."""
+
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from tfm_ref import (
+    ALiBi,
+    LearnedPositions,
+    MultiHeadAttention,
+    PositionScheme,
+    RotaryPositions,
+    SinusoidalPositions,
+    T5Bias,
+    alibi_slopes,
+    sinusoidal_encoding,
+)
+from tfm_ref.positions import frequencies, t5_bucket
+
+D, H = 8, 4
+ADDED = {
+    "sinusoidal": lambda: SinusoidalPositions(d_model=D),
+    "sinusoidal, halves": lambda: SinusoidalPositions(d_model=D, halves=True),
+    "learned": lambda: LearnedPositions(max_seq_len=64, d_model=D),
+}
+OTHERS = {
+    "none": PositionScheme,
+    "rotary": lambda: RotaryPositions(head_dim=D),
+    "ALiBi": lambda: ALiBi(n_heads=H),
+    "T5": lambda: T5Bias(n_heads=H),
+}
+SCHEMES = {**ADDED, **OTHERS}
+
+
+def row(*positions):
+    return torch.tensor([positions])
+
+
+# --- one interface
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_each_scheme_acts_at_one_place(name):
+    scheme, x = SCHEMES[name](), torch.randn(2, 5, D)
+    if name == "T5":
+        nn.init.normal_(scheme.table)
+    acts = {
+        "tokens": not torch.equal(scheme.embed(x, torch.arange(5)[None]), x),
+        "queries and keys": scheme.rotation(torch.arange(5)[None]) is not None,
+        "scores": scheme.bias(torch.arange(5)[None], torch.arange(5)[None]) is not None,
+    }
+    place = {"none": None, "rotary": "queries and keys", "ALiBi": "scores", "T5": "scores"}
+    assert [where for where, act in acts.items() if act] == [
+        where for where in [place.get(name, "tokens")] if where
+    ]
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_only_what_is_learned_is_saved(name):
+    scheme = SCHEMES[name]()
+    tables = {"learned": ["table"], "T5": ["table"]}
+    assert list(scheme.state_dict()) == tables.get(name, [])
+    assert list(scheme.buffers()) == []
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_what_is_added_depends_on_the_position_alone(name):
+    """Offsets, positions of each example, batch = length: a row per position, wherever it is."""
+    scheme, x = SCHEMES[name](), torch.randn(5, 5, D)
+    codes = scheme.embed(torch.zeros(1, 64, D), torch.arange(64)[None])[0]
+    positions = torch.randint(64, (5, 5))
+    assert_close(scheme.embed(x, positions), x + codes[positions])
+    assert_close(scheme.embed(x, positions[:1]), x + codes[positions[0]])
+
+
+@pytest.mark.parametrize("name", ["ALiBi", "T5"])
+def test_biases_depend_on_the_distance_alone(name):
+    """Offsets, positions of each example, one query against many keys."""
+    scheme = SCHEMES[name]()
+    if name == "T5":
+        nn.init.normal_(scheme.table)
+    k = torch.stack([torch.arange(7), torch.arange(7) + 500, torch.arange(7) * 3])
+    bias = scheme.bias(k, k)
+    assert bias.shape == (3, H, 7, 7)
+    assert_close(bias[0], bias[1])
+    assert_close(scheme.bias(k[:, -1:], k), bias[:, :, -1:])
+    assert_close(scheme.bias(k[2:], k[2:])[0], bias[2])
+    assert not torch.allclose(bias[0], bias[2])
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype_of_the_tokens_is_kept(name, dtype):
+    scheme, x = SCHEMES[name]().to(dtype), torch.randn(2, 5, D, dtype=dtype)
+    positions = torch.arange(5)[None]
+    assert scheme.embed(x, positions).dtype == dtype
+    rotation = scheme.rotation(positions)
+    assert rotation is None or rotation(x[:, None]).dtype == dtype
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_scheme_survives_the_meta_device(name):
+    """Nothing is lost where parameters are made later: there is no table to fill."""
+    with torch.device("meta"):
+        scheme = SCHEMES[name]()
+    scheme.to_empty(device="cpu").load_state_dict(SCHEMES[name]().state_dict())
+    q = torch.randn(1, H, 3, D)
+    if (rotation := scheme.rotation(torch.arange(3)[None])) is not None:
+        assert_close(rotation(q), SCHEMES[name]().rotation(torch.arange(3)[None])(q))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_decoding_token_by_token(name):
+    """One query against n keys gives the last row of the whole, whatever the sequence's start."""
+    scheme, attention = SCHEMES[name](), MultiHeadAttention(d_model=D, n_heads=H, head_dim=D)
+    x, positions = torch.randn(2, 6, D), torch.stack([torch.arange(6), torch.arange(6) + 40])
+    x = scheme.embed(x, positions)
+    rotation, bias = scheme.rotation(positions), scheme.bias(positions, positions)
+    whole = attention(x, is_causal=True, rotation=rotation, bias=bias)
+    for i in range(6):
+        so_far = positions[:, : i + 1]
+        step = attention(
+            x[:, i : i + 1],
+            context=x[:, : i + 1],
+            rotation=scheme.rotation(so_far),
+            bias=scheme.bias(positions[:, i : i + 1], so_far),
+        )
+        assert_close(step, whole[:, i : i + 1])
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    "positions", [torch.arange(5), torch.arange(5.0)[None], torch.ones(1, 5).bool()], ids=str
+)
+@pytest.mark.usefixtures("no_shape_checks")
+def test_positions_must_be_integers_with_two_axes(name, positions):
+    scheme, good = SCHEMES[name](), torch.arange(5)[None]
+    message = re.escape(
+        f"must be integers of shape (batch or 1, length); got {positions.dtype} of shape "
+        f"{tuple(positions.shape)}"
+    )
+    for ask in (
+        lambda: scheme.embed(torch.zeros(2, 5, D), positions),
+        lambda: scheme.rotation(positions),
+        lambda: scheme.bias(positions, good),
+        lambda: scheme.bias(good, positions),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("shape", [(1, 4), (3, 5), (2, 1), (1, 0)], ids=str)
+@pytest.mark.usefixtures("no_shape_checks")
+def test_positions_must_fit_the_tokens(name, shape):
+    with pytest.raises(ValueError, match=r"must fit batch 2 and length 5 .*got \(" + str(shape[0])):
+        SCHEMES[name]().embed(torch.zeros(2, 5, D), torch.zeros(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["ALiBi", "T5"])
+@pytest.mark.usefixtures("no_shape_checks")
+def test_batches_of_queries_and_keys_must_fit(name):
+    with pytest.raises(ValueError, match=r"k_positions of shape .* must fit batch 2"):
+        SCHEMES[name]().bias(torch.zeros(2, 1).long(), torch.zeros(3, 4).long())
+
+
+# --- sinusoidal
+
+
+def test_sinusoidal_by_the_papers_formula():
+    d, encoding = 512, sinusoidal_encoding(row(0, 1, 77), 512)[0]
+    for r, position in enumerate((0, 1, 77)):
+        for i in 0, 1, 100, 255:
+            angle = position / 10_000 ** (2 * i / d)
+            assert encoding[r, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-5)
+            assert encoding[r, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
+
+
+def test_halves_by_the_authors_formula():
+    """tensor2tensor: scales of a geometric row from 1 to exactly 1/10000; sines, then cosines."""
+    d, position = 512, 77
+    scales = [math.exp(-i * math.log(10_000) / (d // 2 - 1)) for i in range(d // 2)]
+    expected = [f(position * s) for f in (math.sin, math.cos) for s in scales]
+    encoding = sinusoidal_encoding(row(position), d, halves=True)[0, 0]
+    assert_close(encoding.double(), torch.tensor(expected).double(), atol=2e-5, rtol=0)
+
+
+def test_halves_of_one_scale_are_refused():
+    with pytest.raises(ValueError, match="d_model in halves must be an integer of at least 4"):
+        sinusoidal_encoding(row(0), 2, halves=True)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 64), st.booleans())
+def test_sinusoidal_norm(position, half, halves):
+    half += halves
+    norm = sinusoidal_encoding(row(position), 2 * half, halves=halves).norm().item()
+    assert norm == pytest.approx(math.sqrt(half), rel=1e-5)
+
+
+def test_tables_are_float32_under_any_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert frequencies(8).dtype == sinusoidal_encoding(row(1), 8).dtype == torch.float32
+        assert RotaryPositions(head_dim=8).rotation(row(1)).cos.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("width", "theta", "message"),
+    [
+        (0, 1e4, "must be an integer of at least 2; got 0"),
+        (7, 1e4, "must be even; got 7"),
+        (8, 1.0, "theta must be above 1; got 1.0"),
+        (8, float("nan"), "theta must be above 1; got nan"),
+    ],
+)
+@pytest.mark.usefixtures("no_shape_checks")
+def test_frequencies_refuse(width, theta, message):
+    for build in (
+        lambda: frequencies(width, theta),
+        lambda: SinusoidalPositions(d_model=width, theta=theta),
+        lambda: RotaryPositions(head_dim=width, theta=theta),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build()
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_sinusoidal_refuses_another_width():
+    with pytest.raises(ValueError, match=r"x must have width d_model \(8\); got 6"):
+        SinusoidalPositions(d_model=8).embed(torch.zeros(1, 2, 6), row(0, 1))
+
+
+# --- learned
+
+
+def test_learned_positions_are_rows_of_the_table():
+    scheme = LearnedPositions(max_seq_len=1000, d_model=64)
+    assert scheme.table.std().item() == pytest.approx(0.02, rel=0.02)
+    positions = torch.tensor([[0, 1, 2], [997, 998, 999]])
+    y = scheme.embed(torch.zeros(2, 3, 64), positions)
+    assert_close(y, scheme.table[positions])
+    assert scheme.table.numel() == 64_000
+
+
+@pytest.mark.parametrize("positions", [row(0, 4), row(-1, 0)], ids=str)
+def test_learned_positions_end(positions):
+    lowest, highest = positions.aminmax()
+    message = rf"0 <= position < max_seq_len \(4\); got {lowest} to {highest}"
+    with pytest.raises(ValueError, match=message):
+        LearnedPositions(max_seq_len=4, d_model=D).embed(torch.zeros(1, 2, D), positions)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_learned_positions_refuse_tokens_that_do_not_fit():
+    scheme = LearnedPositions(max_seq_len=4, d_model=D)
+    with pytest.raises(ValueError, match=r"d_model = 8\) and not be empty; got \(1, 2, 6\)"):
+        scheme.embed(torch.zeros(1, 2, 6), row(0, 1))
+    with pytest.raises(ValueError, match="same dtype and device"):
+        scheme.embed(torch.zeros(1, 2, D).double(), row(0, 1))
+    for name in "max_seq_len", "d_model":
+        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1; got 0"):
+            LearnedPositions(**{"max_seq_len": 4, "d_model": D, name: 0})
+
+
+# --- ALiBi
+
+
+@pytest.mark.parametrize("n_heads", range(1, 71))
+def test_slopes_are_those_of_bloom(n_heads):
+    """Any number of heads: with one key, BLOOM's bias is slope times position."""
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    theirs = build_alibi_tensor(torch.ones(1, 3), n_heads, torch.float32)[:, 0, 2] / 2
+    assert_close(alibi_slopes(n_heads), theirs)
+
+
+@pytest.mark.parametrize("n_heads", [1, 2, 3, 5, 8, 12, 16, 20, 112])
+def test_slopes_are_those_of_mpt(n_heads):
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    theirs = build_mpt_alibi_tensor(n_heads, 3)[:, 0, 1] * -1
+    assert_close(alibi_slopes(n_heads), theirs)
+
+
+def test_slopes_by_hand():
+    assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
+    assert alibi_slopes(3).tolist() == [2.0**-4, 2.0**-8, 2.0**-2]
+    with pytest.raises(ValueError, match="n_heads must be an integer of at least 1; got 0"):
+        ALiBi(n_heads=0)
+
+
+# --- T5
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("n_buckets", "max_distance"), [(32, 128), (8, 20), (64, 1000), (4, 3)])
+def test_buckets_are_those_of_t5(n_buckets, max_distance, bidirectional):
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    relative = torch.arange(-1500, 1500)[None, None]
+    settings = dict(bidirectional=bidirectional, max_distance=max_distance)
+    theirs = T5Attention._relative_position_bucket(relative, num_buckets=n_buckets, **settings)
+    ours = t5_bucket(relative, n_buckets=n_buckets, **settings)
+    assert torch.equal(ours, theirs)
+    unused = {n_buckets // 2} if bidirectional else set()  # a later key is never at distance 0
+    assert set(ours.flatten().tolist()) == set(range(n_buckets)) - unused
+
+
+def test_t5_bias_is_that_of_t5():
+    from transformers import T5Config
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    config = T5Config(d_model=16, num_heads=H, d_kv=4, is_decoder=False)
+    theirs = T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
+    ours = T5Bias(n_heads=H, bidirectional=True)
+    with torch.no_grad():
+        ours.table.copy_(nn.init.normal_(theirs.relative_attention_bias.weight))
+    positions = torch.arange(200)[None]
+    assert_close(ours.bias(positions, positions), theirs.compute_bias(200, 200))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(n_heads=0), "n_heads must be an integer of at least 1; got 0"),
+        (dict(n_heads=2, n_buckets=1), "n_buckets must be an integer of at least 2; got 1"),
+        (
+            dict(n_heads=2, n_buckets=2, bidirectional=True),
+            "n_buckets must be an integer of at least 4; got 2",
+        ),
+        (dict(n_heads=2, n_buckets=5, bidirectional=True), "must be even; got 5"),
+        (
+            dict(n_heads=2, max_distance=16),
+            "max_distance must be an integer of at least 17; got 16",
+        ),
+    ],
+)
+def test_t5_bias_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        T5Bias(**settings)
