@@ -49,6 +49,10 @@ TYPES = {  # ours, and the public configuration
             "attention_factor": 1.25,
         },
     ),
+    "yarn, short": (  # even the fastest pair turns less than beta_fast times
+        YaRNScaling(factor=8, original_length=64),
+        {**FACTOR, "original_max_position_embeddings": 64},
+    ),
     "llama3": (
         Llama3Scaling(original_length=LENGTH),
         {
@@ -87,7 +91,7 @@ def public(name: str, theta: float = 10_000.0) -> LlamaConfig:
 # --- against the public implementation, past the original length
 
 
-@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("theta", [100.0, 10_000.0, 500_000.0])
 @pytest.mark.parametrize("name", TYPES)
 def test_equals_the_public_implementation(name, theta):
     """Queries and keys agree at every position to five times the original length."""
@@ -175,7 +179,13 @@ def test_reordering_is_undone():
         assert torch.equal(interleaved_from_halves(reordered, 6), weight)
 
 
-@pytest.mark.parametrize("head_dim", [5, 8])
+def test_a_reordered_weight_is_a_copy():
+    weight = torch.zeros(2, 3)
+    halves_from_interleaved(weight, 2).add_(1)
+    assert not weight.any()
+
+
+@pytest.mark.parametrize("head_dim", [3, 8])
 def test_reordering_refuses(head_dim):
     message = rf"head_dim \({head_dim}\) must be even and divide the rows of the weight \(12\)"
     for reorder in halves_from_interleaved, interleaved_from_halves:
@@ -279,6 +289,13 @@ def test_a_factor_of_1_changes_nothing(scaling):
     assert scaling.attention_factor == 1.0
 
 
+def test_yarn_without_any_blend():
+    """Where no pair turns even once, all but the fastest are slowed by the whole factor."""
+    scaling = YaRNScaling(factor=2, original_length=6)
+    slowed = RopeScaling().frequencies(8, 1e4) / scaling.frequencies(8, 1e4)
+    assert slowed.tolist() == [1, 2, 2, 2]
+
+
 def test_llama_31_by_wavelength():
     """Below 2,048 unchanged, above 8,192 divided by 8, between them in between."""
     plain, scaled = (s.frequencies(128, 5e5) for s in (RopeScaling(), Llama3Scaling()))
@@ -324,6 +341,10 @@ def test_yarn_temperature_acts_on_scores_squared():
         (
             lambda: Llama3Scaling(low_freq_factor=0.0),
             "must hold; got low_freq_factor 0.0 and high_freq_factor 4.0",
+        ),
+        (
+            lambda: Llama3Scaling(low_freq_factor=4.0),
+            "must hold; got low_freq_factor 4.0 and high_freq_factor 4.0",
         ),
         (
             lambda: RotaryPositions(head_dim=2, scaling=NTKScaling(factor=2.0)),

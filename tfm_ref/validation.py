@@ -253,14 +253,11 @@ shape (5,). Write positions[None] for one row that all sequences share.
             f"shape {tuple(positions.shape)}. "
             f"Write {name}[None] for one row that all sequences share."
         )
-    batch, length = positions.shape
-    wanted_batch, wanted_length = (None, None) if shape is None else shape
-    if (
-        0 in (batch, length)
-        or (wanted_batch is not None and 1 not in (batch, wanted_batch) and batch != wanted_batch)
-        or (wanted_length is not None and length != wanted_length)
-    ):
-        raise ValueError(
-            f"{name} of shape (batch or 1, length) must fit batch {wanted_batch} and length "
-            f"{wanted_length} and not be empty; got {tuple(positions.shape)}"
-        )
+    if 0 in positions.shape:
+        raise ValueError(f"{name} must not be empty; got shape {tuple(positions.shape)}")
+    if shape is None:
+        return
+    batch, length = shape
+    if positions.shape[0] not in (1, batch) or length not in (None, positions.shape[1]):
+        tokens = f"batch {batch}" if length is None else f"batch {batch} and length {length}"
+        raise ValueError(f"{name} must fit {tokens}; got shape {tuple(positions.shape)}")
