@@ -26,7 +26,9 @@ from tfm_ref.positions import frequencies, t5_bucket
 D, H = 8, 4
 ADDED = {
     "sinusoidal": lambda: SinusoidalPositions(d_model=D),
-    "sinusoidal, halves": lambda: SinusoidalPositions(d_model=D, halves=True),
+    "sinusoidal, as the authors": lambda: SinusoidalPositions(
+        d_model=D, halves=True, endpoint=True
+    ),
     "learned": lambda: LearnedPositions(max_seq_len=64, d_model=D),
 }
 OTHERS = {
@@ -190,24 +192,32 @@ def test_sinusoidal_by_the_papers_formula():
             assert encoding[r, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
 
 
-def test_halves_by_the_authors_formula():
+def test_halves_are_those_of_marian():
+    from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
+
+    theirs = MarianSinusoidalPositionalEmbedding(99, 64)
+    ours = sinusoidal_encoding(torch.arange(99)[None], 64, halves=True)
+    assert_close(ours[0], theirs.create_weight(), atol=2e-5, rtol=0)
+
+
+def test_endpoint_by_the_authors_formula():
     """tensor2tensor: scales of a geometric row from 1 to exactly 1/10000; sines, then cosines."""
     d, position = 512, 77
     scales = [math.exp(-i * math.log(10_000) / (d // 2 - 1)) for i in range(d // 2)]
     expected = [f(position * s) for f in (math.sin, math.cos) for s in scales]
-    encoding = sinusoidal_encoding(row(position), d, halves=True)[0, 0]
+    encoding = sinusoidal_encoding(row(position), d, halves=True, endpoint=True)[0, 0]
     assert_close(encoding.double(), torch.tensor(expected).double(), atol=2e-5, rtol=0)
 
 
-def test_halves_of_one_scale_are_refused():
-    with pytest.raises(ValueError, match="d_model in halves must be an integer of at least 4"):
-        sinusoidal_encoding(row(0), 2, halves=True)
+def test_an_endpoint_of_one_scale_is_refused():
+    with pytest.raises(ValueError, match="d_model with endpoint must be an integer of at least 4"):
+        sinusoidal_encoding(row(0), 2, endpoint=True)
 
 
-@given(st.integers(0, 10**6), st.integers(1, 64), st.booleans())
-def test_sinusoidal_norm(position, half, halves):
-    half += halves
-    norm = sinusoidal_encoding(row(position), 2 * half, halves=halves).norm().item()
+@given(st.integers(0, 10**6), st.integers(2, 64), st.booleans(), st.booleans())
+def test_sinusoidal_norm(position, half, halves, endpoint):
+    form = {"halves": halves, "endpoint": endpoint}
+    norm = sinusoidal_encoding(row(position), 2 * half, **form).norm().item()
     assert norm == pytest.approx(math.sqrt(half), rel=1e-5)
 
 

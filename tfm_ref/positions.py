@@ -122,7 +122,12 @@ def frequencies(
 
 
 def sinusoidal_encoding(
-    positions: Int[Tensor, "b n"], d_model: int, *, theta: float = 10_000.0, halves: bool = False
+    positions: Int[Tensor, "b n"],
+    d_model: int,
+    *,
+    theta: float = 10_000.0,
+    halves: bool = False,
+    endpoint: bool = False,
 ) -> Float[Tensor, "b n d"]:
     """Write each position as sines and cosines of d_model / 2 angles.
 
@@ -133,18 +138,21 @@ def sinusoidal_encoding(
         positions: positions.
         d_model: width of the tokens, even.
         theta: the base of the wavelengths.
-        halves: the form of the authors' code instead of the paper's: all sines, then all
-            cosines, and frequencies that end at exactly 1 / theta.
+        halves: put all sines first and then all cosines, as Marian does.
+        endpoint: let the frequencies end at exactly 1 / theta,
+            ``theta^(-2i / (d_model - 2))``. The code of the paper's authors has both, the paper
+            neither.
 
     Returns:
         Encoding in float32.
 
     Raises:
         ValueError: if positions are not integers of shape (batch, length), d_model is not an
-            even integer of at least 2 (with halves, 4), or theta is not above 1.
+            even integer of at least 2 (with endpoint, 4), or theta is not above 1.
 
     Reference:
-        Vaswani et al. 2017, section 3.5; halves: tensor2tensor, ``get_timing_signal_1d``.
+        Vaswani et al. 2017, "Attention Is All You Need", section 3.5; the authors' code is
+        ``get_timing_signal_1d`` of tensor2tensor.
 
     Example:
         >>> sinusoidal_encoding(torch.tensor([[0, 1]]), 4)
@@ -153,8 +161,8 @@ def sinusoidal_encoding(
     """
     check_positions("positions", positions)
     turns = frequencies(d_model, theta, device=positions.device)
-    if halves:
-        check_size("d_model in halves", d_model, least=4)
+    if endpoint:
+        check_size("d_model with endpoint", d_model, least=4)
         turns = turns ** (d_model / (d_model - 2))
     angles = positions[..., None] * turns
     pattern = "b n (two p)" if halves else "b n (p two)"
@@ -167,7 +175,8 @@ class SinusoidalPositions(PositionScheme):
     Args:
         d_model: width of the tokens, even.
         theta: the base of the wavelengths.
-        halves: the form of the authors' code instead of the paper's.
+        halves: put all sines first and then all cosines.
+        endpoint: let the frequencies end at exactly 1 / theta.
 
     Raises:
         ValueError: as :func:`sinusoidal_encoding`.
@@ -182,9 +191,17 @@ class SinusoidalPositions(PositionScheme):
         tensor([[2., 2., 2.]])
     """
 
-    def __init__(self, *, d_model: int, theta: float = 10_000.0, halves: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        theta: float = 10_000.0,
+        halves: bool = False,
+        endpoint: bool = False,
+    ) -> None:
         super().__init__()
-        self.d_model, self.form = d_model, {"theta": theta, "halves": halves}
+        self.d_model = d_model
+        self.form = {"theta": theta, "halves": halves, "endpoint": endpoint}
         sinusoidal_encoding(torch.zeros(1, 1, dtype=torch.long), d_model, **self.form)
 
     def embed(
