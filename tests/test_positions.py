@@ -176,8 +176,25 @@ def test_positions_must_not_be_empty(name):
 @pytest.mark.parametrize("name", ["ALiBi", "T5"])
 @pytest.mark.usefixtures("no_shape_checks")
 def test_batches_of_queries_and_keys_must_fit(name):
-    with pytest.raises(ValueError, match=r"k_positions must fit batch 2; got shape \(3, 4\)"):
-        SCHEMES[name]().bias(torch.zeros(2, 1).long(), torch.zeros(3, 4).long())
+    scheme, two, three = SCHEMES[name](), torch.zeros(2, 1).long(), torch.zeros(3, 4).long()
+    with pytest.raises(ValueError, match=r"q_positions must fit batch 3; got shape \(2, 1\)"):
+        scheme.bias(two, three)
+    with pytest.raises(ValueError, match=r"k_positions must fit batch 3; got shape \(2, 1\)"):
+        scheme.bias(three, two)
+    assert scheme.bias(two[:1], three).shape == (3, H, 1, 4)
+    assert scheme.bias(three, two[:1]).shape == (3, H, 4, 1)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+def test_any_integers_are_positions(name, dtype):
+    scheme, x, positions = SCHEMES[name](), torch.zeros(1, 5, D), torch.arange(5)[None]
+    few = positions.to(dtype)
+    assert torch.equal(scheme.embed(x, few), scheme.embed(x, positions))
+    if (rotation := scheme.rotation(few)) is not None:
+        assert torch.equal(rotation.cos, scheme.rotation(positions).cos)
+    if (bias := scheme.bias(few, few)) is not None:
+        assert torch.equal(bias, scheme.bias(positions, positions))
 
 
 # --- sinusoidal
@@ -235,8 +252,9 @@ def test_tables_are_float32_under_any_default():
     [
         (0, 1e4, "must be an integer of at least 2; got 0"),
         (7, 1e4, "must be even; got 7"),
-        (8, 1.0, "theta must be above 1; got 1.0"),
-        (8, float("nan"), "theta must be above 1; got nan"),
+        (8, 1.0, "theta must be finite and above 1; got 1.0"),
+        (8, math.nan, "theta must be finite and above 1; got nan"),
+        (8, math.inf, "theta must be finite and above 1; got inf"),
     ],
 )
 @pytest.mark.usefixtures("no_shape_checks")

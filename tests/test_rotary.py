@@ -318,7 +318,7 @@ def test_yarn_temperature_acts_on_scores_squared():
     ("build", "message"),
     [
         *[
-            (build, "the factor of a scaling must be at least 1; got 0.5")
+            (build, "the factor of a scaling must be finite and at least 1; got 0.5")
             for build in (
                 lambda: LinearScaling(factor=0.5),
                 lambda: NTKScaling(factor=0.5),
@@ -326,6 +326,7 @@ def test_yarn_temperature_acts_on_scores_squared():
                 lambda: Llama3Scaling(factor=0.5),
             )
         ],
+        (lambda: LinearScaling(factor=math.inf), "must be finite and at least 1; got inf"),
         (
             lambda: YaRNScaling(factor=2.0, original_length=0),
             "original_length must be an integer of at least 1; got 0",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from tfm_ref.validation import check_positions, check_size, check_tokens
@@ -40,7 +40,7 @@ class PositionScheme(nn.Module):
     """
 
     def embed(
-        self, x: Float[Tensor, "b n d"], positions: Int[Tensor, "#b n"]
+        self, x: Float[Tensor, "b n d"], positions: Integer[Tensor, "#b n"]
     ) -> Float[Tensor, "b n d"]:
         """Add to the tokens what tells their positions.
 
@@ -58,7 +58,7 @@ class PositionScheme(nn.Module):
         return x
 
     def rotation(
-        self, positions: Int[Tensor, "#b m"]
+        self, positions: Integer[Tensor, "#b m"]
     ) -> Callable[[Float[Tensor, "b h n k"]], Float[Tensor, "b h n k"]] | None:
         """Give what turns queries and keys by their positions, or None.
 
@@ -71,7 +71,7 @@ class PositionScheme(nn.Module):
         check_positions("positions", positions)
 
     def bias(
-        self, q_positions: Int[Tensor, "#b n"], k_positions: Int[Tensor, "#b m"]
+        self, q_positions: Integer[Tensor, "#b n"], k_positions: Integer[Tensor, "#b m"]
     ) -> Float[Tensor, "#b h n m"] | None:
         """Give what is added to the scores of queries and keys, or None.
 
@@ -103,7 +103,8 @@ def frequencies(
         Frequencies in radians per position, float32.
 
     Raises:
-        ValueError: if the width is not an even integer of at least 2, or theta not above 1.
+        ValueError: if the width is not an even integer of at least 2, or theta is not finite and
+            above 1.
 
     Reference:
         Vaswani et al. 2017, section 3.5; Su et al. 2021, "RoFormer", section 3.2.2.
@@ -115,14 +116,14 @@ def frequencies(
     check_size("the width that positions pair", width, least=2)
     if width % 2:
         raise ValueError(f"the width that positions pair must be even; got {width}")
-    if not theta > 1:
-        raise ValueError(f"theta must be above 1; got {theta}")
+    if not 1 < theta < math.inf:
+        raise ValueError(f"theta must be finite and above 1; got {theta}")
     pairs = torch.arange(0, width, 2, device=device).to(torch.float32)
     return 1.0 / theta ** (pairs / width)
 
 
 def sinusoidal_encoding(
-    positions: Int[Tensor, "b n"],
+    positions: Integer[Tensor, "b n"],
     d_model: int,
     *,
     theta: float = 10_000.0,
@@ -148,7 +149,7 @@ def sinusoidal_encoding(
 
     Raises:
         ValueError: if positions are not integers of shape (batch, length), d_model is not an
-            even integer of at least 2 (with endpoint, 4), or theta is not above 1.
+            even integer of at least 2 (with endpoint, 4), or theta is not finite and above 1.
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need", section 3.5; the authors' code is
@@ -205,7 +206,7 @@ class SinusoidalPositions(PositionScheme):
         sinusoidal_encoding(torch.zeros(1, 1, dtype=torch.long), d_model, **self.form)
 
     def embed(
-        self, x: Float[Tensor, "b n d"], positions: Int[Tensor, "#b n"]
+        self, x: Float[Tensor, "b n d"], positions: Integer[Tensor, "#b n"]
     ) -> Float[Tensor, "b n d"]:
         """Add the encoding to the tokens. See :meth:`PositionScheme.embed`."""
         check_positions("positions", positions, (x.shape[0], x.shape[1]))
@@ -242,7 +243,7 @@ class LearnedPositions(PositionScheme):
         nn.init.normal_(self.table, std=0.02)
 
     def embed(
-        self, x: Float[Tensor, "b n d"], positions: Int[Tensor, "#b n"]
+        self, x: Float[Tensor, "b n d"], positions: Integer[Tensor, "#b n"]
     ) -> Float[Tensor, "b n d"]:
         """Add the vectors of the positions to the tokens. See :meth:`PositionScheme.embed`.
 
@@ -258,7 +259,7 @@ class LearnedPositions(PositionScheme):
                 f"positions must lie in 0 <= position < max_seq_len ({len(self.table)}); "
                 f"got {lowest} to {highest}"
             )
-        return x + self.table[positions]
+        return x + self.table[positions.long()]
 
 
 def alibi_slopes(n_heads: int) -> Float[Tensor, " h"]:
@@ -321,7 +322,7 @@ class ALiBi(PositionScheme):
         self.n_heads = n_heads
 
     def bias(
-        self, q_positions: Int[Tensor, "#b n"], k_positions: Int[Tensor, "#b m"]
+        self, q_positions: Integer[Tensor, "#b n"], k_positions: Integer[Tensor, "#b m"]
     ) -> Float[Tensor, "#b h n m"]:
         """Give the biases in the default dtype. See :meth:`PositionScheme.bias`."""
         slopes = alibi_slopes(self.n_heads).to(q_positions.device)
@@ -330,12 +331,12 @@ class ALiBi(PositionScheme):
 
 
 def t5_bucket(
-    relative: Int[Tensor, "b n m"],
+    relative: Integer[Tensor, "b n m"],
     *,
     n_buckets: int = 32,
     max_distance: int = 128,
     bidirectional: bool = False,
-) -> Int[Tensor, "b n m"]:
+) -> Integer[Tensor, "b n m"]:
     """Sort relative positions into buckets: one each for near ones, ever wider ones for far.
 
     Half of the buckets hold one distance each, from 0 on; the others grow like a power up to
@@ -423,7 +424,7 @@ class T5Bias(PositionScheme):
         self.table = nn.Parameter(torch.zeros(n_buckets, n_heads))
 
     def bias(
-        self, q_positions: Int[Tensor, "#b n"], k_positions: Int[Tensor, "#b m"]
+        self, q_positions: Integer[Tensor, "#b n"], k_positions: Integer[Tensor, "#b m"]
     ) -> Float[Tensor, "#b h n m"]:
         """Give the biases in the dtype of the table. See :meth:`PositionScheme.bias`."""
         bucket = t5_bucket(_relative(q_positions, k_positions), **self.buckets)
@@ -431,9 +432,12 @@ class T5Bias(PositionScheme):
 
 
 def _relative(
-    q_positions: Int[Tensor, "#b n"], k_positions: Int[Tensor, "#b m"]
-) -> Int[Tensor, "#b n m"]:
+    q_positions: Integer[Tensor, "#b n"], k_positions: Integer[Tensor, "#b m"]
+) -> Integer[Tensor, "#b n m"]:
     """Give the position of each key less that of each query."""
     check_positions("q_positions", q_positions)
-    check_positions("k_positions", k_positions, (q_positions.shape[0], None))
-    return k_positions[:, None, :] - q_positions[:, :, None]
+    check_positions("k_positions", k_positions)
+    batch = max(q_positions.shape[0], k_positions.shape[0])
+    check_positions("q_positions", q_positions, (batch, None))
+    check_positions("k_positions", k_positions, (batch, None))
+    return k_positions.long()[:, None, :] - q_positions.long()[:, :, None]

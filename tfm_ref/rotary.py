@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from tfm_ref.positions import PositionScheme, frequencies
@@ -98,7 +98,7 @@ class LinearScaling(RopeScaling):
         factor: how many times longer the sequences are to be.
 
     Raises:
-        ValueError: if the factor is not at least 1.
+        ValueError: if the factor is not finite and at least 1.
 
     Reference:
         Chen et al. 2023, "Extending Context Window of Large Language Models via Positional
@@ -131,7 +131,8 @@ class NTKScaling(RopeScaling):
         factor: how many times longer the slowest wavelength is to be.
 
     Raises:
-        ValueError: if the factor is not at least 1; in ``frequencies``, if the width is below 4.
+        ValueError: if the factor is not finite and at least 1; in ``frequencies``, if the width
+            is below 4.
 
     Reference:
         Peng et al. 2023, "YaRN: Efficient Context Window Extension of Large Language Models",
@@ -173,8 +174,8 @@ class YaRNScaling(RopeScaling):
             given.
 
     Raises:
-        ValueError: if factor or original_length is not at least 1, or 0 < beta_slow < beta_fast
-            does not hold.
+        ValueError: if the factor is not finite and at least 1, original_length is not at least 1,
+            or 0 < beta_slow < beta_fast does not hold.
 
     Reference:
         Peng et al. 2023, "YaRN: Efficient Context Window Extension of Large Language Models",
@@ -238,8 +239,8 @@ class Llama3Scaling(RopeScaling):
         original_length: positions in the sequences of training.
 
     Raises:
-        ValueError: if factor or original_length is not at least 1, or 0 < low_freq_factor <
-            high_freq_factor does not hold.
+        ValueError: if the factor is not finite and at least 1, original_length is not at least 1,
+            or 0 < low_freq_factor < high_freq_factor does not hold.
 
     Reference:
         Llama 3.1: ``apply_scaling`` in ``models/llama3/model.py`` of meta-llama/llama-models,
@@ -277,8 +278,8 @@ class Llama3Scaling(RopeScaling):
 
 
 def _check_factor(factor: float) -> None:
-    if not factor >= 1:
-        raise ValueError(f"the factor of a scaling must be at least 1; got {factor}")
+    if not 1 <= factor < math.inf:
+        raise ValueError(f"the factor of a scaling must be finite and at least 1; got {factor}")
 
 
 class RotaryPositions(PositionScheme):
@@ -294,7 +295,8 @@ class RotaryPositions(PositionScheme):
         scaling: how to stretch beyond the training length; not at all if not given.
 
     Raises:
-        ValueError: if head_dim is not an even integer of at least 2, or theta not above 1.
+        ValueError: if head_dim is not an even integer of at least 2, or theta is not finite and
+            above 1.
 
     Reference:
         Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", section
@@ -322,7 +324,7 @@ class RotaryPositions(PositionScheme):
         self.scaling = RopeScaling() if scaling is None else scaling
         self.scaling.frequencies(head_dim, theta)
 
-    def rotation(self, positions: Int[Tensor, "#b m"]) -> Rotation:
+    def rotation(self, positions: Integer[Tensor, "#b m"]) -> Rotation:
         """Make the rotation for the positions. See :meth:`PositionScheme.rotation`."""
         check_positions("positions", positions)
         turns = self.scaling.frequencies(self.head_dim, self.theta, device=positions.device)
