@@ -3,6 +3,7 @@
 from tfm_ref.attention import SelfAttention, attention_weights, scaled_dot_product_attention
 from tfm_ref.claims import attempt, check, refute
 from tfm_ref.data import corpus
+from tfm_ref.layers import Block, FeedForward, RMSNorm
 from tfm_ref.masks import causal_mask, padding_mask, prefix_mask, sliding_window_mask
 from tfm_ref.multi_head import MultiHeadAttention, fused_attention
 from tfm_ref.positions import (
@@ -21,16 +22,21 @@ from tfm_ref.rotary import (
     RotaryPositions,
     YaRNScaling,
 )
+from tfm_ref.tokenizer import BPETokenizer, bpe_merges, train_bpe
 
 __version__ = "0.1.0"
 __all__ = [
     "ALiBi",
+    "BPETokenizer",
+    "Block",
+    "FeedForward",
     "LearnedPositions",
     "LinearScaling",
     "Llama3Scaling",
     "MultiHeadAttention",
     "NTKScaling",
     "PositionScheme",
+    "RMSNorm",
     "RotaryPositions",
     "SelfAttention",
     "SinusoidalPositions",
@@ -39,6 +45,7 @@ __all__ = [
     "alibi_slopes",
     "attempt",
     "attention_weights",
+    "bpe_merges",
     "causal_mask",
     "check",
     "corpus",
@@ -49,4 +56,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "sinusoidal_encoding",
     "sliding_window_mask",
+    "train_bpe",
 ]

@@ -21,6 +21,7 @@ AXES = {
     "d": Axis("numbers that describe one token between layers", "d_model", r"d_\text{model}"),
     "k": Axis("numbers in one query or one key", "head_dim", "d_k"),
     "v": Axis("numbers in one value", "v_head_dim", "d_v"),
+    "f": Axis("numbers between the two layers of a feed-forward", "d_ff", r"d_\text{ff}"),
     "p": Axis("pairs of numbers that turn together", "head_dim // 2", "d_k / 2"),
 }
 """Letter of an axis, as it stands in annotations such as ``Float[Tensor, "b h n k"]``."""

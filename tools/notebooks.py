@@ -108,6 +108,8 @@ def problems(path: Path) -> list[str]:
         found.append("it needs ## headings, each another")
     if re.search(r"^\s*(```|~~~)", prose(notebook), re.M):
         found.append("code in the prose is never run")
+    if tag := re.search(r"</?[a-z][^>]*>", re.sub(r"`[^`]*`", "", prose(notebook)), re.I):
+        found.append(f"a page shows nothing of {tag.group()} unless it is `code`")
     marks = "".join(re.findall("^[☐☑]", "\n".join(map(printed, cells)), re.M))
     if marks != "☐☑" * (len(marks) // 2):
         found.append(f"each exercise must fail before its solution and pass after it: {marks}")

@@ -273,6 +273,7 @@ def test_check_catches_in_the_notebook(copy, change, said):
         ('print("total:"', 'print("✓ total:"', "only check, refute and attempt print one of"),
         ('print("total:", total)', "print(plt.__version__)", "it speaks of a version"),
         ("## Exercises", "## A section", "it needs ## headings, each another"),
+        ("Nothing runs", "At <eos> nothing runs", "a page shows nothing of <eos> unless"),
         ("Nothing runs here.", "~~~python\n1 / 0\n~~~", "code in the prose is never run"),
         ('check("the sum is 10", total == 10)', "", 'section "A section" checks nothing'),
         ("total = ", "# NBVAL_SKIP\ntotal = ", "it asks not to be compared"),

@@ -1,0 +1,280 @@
+"""What stands around attention: norms, feed-forwards, and the block that joins them."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tfm_ref.validation import check_dropout, check_same_kind, check_size, check_tokens
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+"""The functions between the projections of a feed-forward, by name."""
+
+
+class RMSNorm(nn.Module):
+    """Divide each token by its root mean square: LayerNorm without centring and without bias.
+
+    ``y = gain * x / √(mean(x²) + eps)``, the mean over the last axis.
+
+    Args:
+        d_model: width of the tokens.
+        eps: what keeps a token of zeros from being divided by 0.
+
+    Raises:
+        ValueError: if d_model is not an integer of at least 1 or eps is negative.
+
+    Reference:
+        Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation (4), which has
+        no eps. Computed in float32 at least; as in Llama, the result is cast back to the dtype
+        of x first and multiplied by the gain after that. ``torch.nn.RMSNorm`` multiplies before
+        it casts: in half precision the two differ by one rounding.
+
+    Example:
+        >>> RMSNorm(2, eps=0.0)(torch.tensor([1.0, 7.0]))  # 1² + 7² = 2 · 5²
+        tensor([0.2000, 1.4000], grad_fn=<MulBackward0>)
+    """
+
+    def __init__(self, d_model: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        check_size("d_model", d_model)
+        if not eps >= 0:
+            raise ValueError(f"eps must be at least 0; got {eps}")
+        self.d_model, self.eps = d_model, eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """Give every token the root mean square of the gain.
+
+        Args:
+            x: tokens, with any axes before the last.
+
+        Returns:
+            The normalised tokens, shaped like x.
+
+        Raises:
+            ValueError: if the last axis of x is not d_model wide, or x has not the device or
+                (autocast apart) the dtype of the layer.
+        """
+        if x.shape[-1:] != (self.d_model,):
+            raise ValueError(
+                f"the last axis of x must have size d_model = {self.d_model}; got {tuple(x.shape)}"
+            )
+        check_same_kind("the layer", self.weight, "x", x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = wide.square().mean(-1, keepdim=True)
+        return self.weight * (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Name the settings."""
+        return f"{self.d_model}, eps={self.eps}"
+
+
+class FeedForward(nn.Module):
+    """Change each token by itself: two layers, the same for every position.
+
+    ``y = act(x W_up) W_down``, or gated: ``y = (act(x W_gate) * (x W_up)) W_down``.
+
+    Args:
+        d_model: width of the tokens.
+        d_ff: width between the projections.
+        activation: "relu", "gelu", "gelu_tanh" (GELU's approximation by tanh) or "silu".
+        gated: multiply x W_up by an activated gate of its own instead of activating it.
+        bias: add a bias to every projection.
+        dropout: probability with which a number between the projections is set to 0 in training.
+
+    Raises:
+        ValueError: if a width is not an integer of at least 1, the activation is unknown, or
+            dropout does not lie in 0 ≤ dropout < 1.
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need", section 3.3, equation (2): the default.
+        Shazeer 2020, "GLU Variants Improve Transformer", equations (5) and (6): gated, with
+        "silu" SwiGLU, without bias; there the gate's matrix is W and the other V.
+
+    Example:
+        >>> feed_forward = FeedForward(d_model=512, d_ff=2048)
+        >>> sum(p.numel() for p in feed_forward.parameters())
+        2099712
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        d_ff: int,
+        activation: str = "relu",
+        gated: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_size("d_model", d_model)
+        check_size("d_ff", d_ff)
+        check_dropout(dropout)
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f'activation must be one of {", ".join(ACTIVATIONS)}; got "{activation}"'
+            )
+        self.d_model, self.d_ff, self.activation, self.dropout = d_model, d_ff, activation, dropout
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=bias) if gated else None
+        self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Change the tokens.
+
+        Args:
+            x: tokens.
+
+        Returns:
+            The changed tokens, shaped like x. No token depends on another.
+
+        Raises:
+            ValueError: if x has not the shape (batch, length, d_model), is empty, or has not the
+                device or (autocast apart) the dtype of the layer.
+        """
+        check_tokens("x", x, self.up_proj.weight)
+        return self.down_proj(F.dropout(self.hidden(x), self.dropout, self.training))
+
+    def hidden(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n f"]:
+        """Give what lies between the projections, before dropout."""
+        activate, up = ACTIVATIONS[self.activation], self.up_proj(x)
+        return activate(up) if self.gate_proj is None else activate(self.gate_proj(x)) * up
+
+    def extra_repr(self) -> str:
+        """Name what the projections do not show."""
+        return f"activation={self.activation!r}, dropout={self.dropout}"
+
+
+class Block(nn.Module):
+    """Join attention and feed-forward: each adds what it computes to the tokens.
+
+    ``x = x + sublayer(norm(x))`` for each sub-layer in turn if ``norm_first`` (pre-norm), else
+    ``x = norm(x + sublayer(x))`` (post-norm).
+
+    Args:
+        attention: a :class:`~tfm_ref.multi_head.MultiHeadAttention`, among the tokens.
+        feed_forward: any module of tokens (batch, length, d_model), such as a
+            :class:`FeedForward`.
+        cross_attention: a second attention, from the tokens to a context, between the two; a
+            block without it if not given.
+        norm: makes a norm when called with d_model: ``nn.LayerNorm``, :class:`RMSNorm`.
+        norm_first: pre-norm. A stack of such blocks needs one more norm at its end, since no
+            block normalises what it returns.
+        dropout: probability with which a number that a sub-layer returns is set to 0 in
+            training, before it is added.
+
+    Raises:
+        ValueError: if d_model of the parts differs, or dropout does not lie in 0 ≤ dropout < 1.
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need", sections 3.1 and 5.4: post-norm, with
+        cross-attention the decoder's layer. Xiong et al. 2020, "On Layer Normalization in the
+        Transformer Architecture", Table 1: both forms.
+
+    Example:
+        >>> from tfm_ref import MultiHeadAttention
+        >>> attention = MultiHeadAttention(d_model=8, n_heads=2)
+        >>> block = Block(attention=attention, feed_forward=FeedForward(d_model=8, d_ff=32))
+        >>> block(torch.randn(2, 5, 8), is_causal=True).shape
+        torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        *,
+        attention: nn.Module,
+        feed_forward: nn.Module,
+        cross_attention: nn.Module | None = None,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        norm_first: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        d_model = attention.d_model
+        others = {"feed_forward": feed_forward, "cross_attention": cross_attention}
+        for name, part in others.items():
+            width = getattr(part, "d_model", d_model)
+            if width != d_model:
+                raise ValueError(
+                    f"attention and {name} must have the same d_model; got {d_model} and {width}"
+                )
+        check_dropout(dropout)
+        self.d_model, self.norm_first, self.dropout = d_model, norm_first, dropout
+        self.attention, self.attention_norm = attention, norm(d_model)
+        self.cross_attention = cross_attention
+        self.cross_attention_norm = None if cross_attention is None else norm(d_model)
+        self.feed_forward, self.feed_forward_norm = feed_forward, norm(d_model)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b m d"] | None = None,
+        *,
+        mask: Bool[Tensor, "#b #h #n #n"] | None = None,
+        is_causal: bool = False,
+        bias: Float[Tensor, "#b #h #n #n"] | None = None,
+        rotation: Callable[[Tensor], Tensor] | None = None,
+        context_mask: Bool[Tensor, "#b #h #n #m"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Pass the tokens through every sub-layer.
+
+        Args:
+            x: tokens.
+            context: tokens for the cross-attention, and only for it.
+            mask: of the attention; True = may attend. See :mod:`tfm_ref.masks`.
+            is_causal: let a token see no later one. Joined with ``mask`` by AND.
+            bias: finite numbers added to the scaled scores of the attention.
+            rotation: turns the queries and keys of the attention by their positions, as
+                :meth:`tfm_ref.positions.PositionScheme.rotation` makes it.
+            context_mask: of the cross-attention; True = may attend.
+
+        Returns:
+            The changed tokens, shaped like x.
+
+        Raises:
+            ValueError: if x or context has not the shape (batch, length, d_model), is empty, or
+                has not the device or (autocast apart) the dtype of the block, if a term does not
+                fit, if there is a cross-attention without context, or a context or its mask
+                without cross-attention.
+
+        Example:
+            >>> from tfm_ref import MultiHeadAttention
+            >>> one, two = (MultiHeadAttention(d_model=8, n_heads=2) for _ in range(2))
+            >>> parts = {"attention": one, "cross_attention": two}
+            >>> decoder = Block(feed_forward=FeedForward(d_model=8, d_ff=32), **parts)
+            >>> decoder(torch.randn(2, 5, 8), torch.randn(2, 7, 8), is_causal=True).shape
+            torch.Size([2, 5, 8])
+        """
+        check_tokens("x", x, self.attention.q_proj.weight)
+        if self.cross_attention is not None and context is None:
+            raise ValueError("a block with cross_attention needs a context; got None")
+        if self.cross_attention is None and not (context is None and context_mask is None):
+            raise ValueError("a block without cross_attention takes no context or context_mask")
+
+        terms = {"mask": mask, "is_causal": is_causal, "bias": bias, "rotation": rotation}
+        x = self._add(x, self.attention_norm, partial(self.attention, **terms))
+        if self.cross_attention is not None:
+            attend = partial(self.cross_attention, context=context, mask=context_mask)
+            x = self._add(x, self.cross_attention_norm, attend)
+        return self._add(x, self.feed_forward_norm, self.feed_forward)
+
+    def _add(
+        self, x: Float[Tensor, "b n d"], norm: nn.Module, sublayer: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "b n d"]:
+        """Add to the tokens what one sub-layer makes of them, with its norm before or after."""
+        y = sublayer(norm(x) if self.norm_first else x)
+        y = x + F.dropout(y, self.dropout, self.training)
+        return y if self.norm_first else norm(y)
+
+    def extra_repr(self) -> str:
+        """Name what the parts do not show."""
+        return f"norm_first={self.norm_first}, dropout={self.dropout}"
