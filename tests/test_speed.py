@@ -33,7 +33,7 @@ def test_multi_head_attention_against_torch_module(length, least):
     x, future = torch.randn(8, length, 512), ~causal_mask(length)[0, 0]
     theirs = partial(theirs, x, x, x, attn_mask=future, is_causal=True)
     fused = partial(theirs, need_weights=False)
-    for _ in range(3):  # a busy machine may spoil one measurement
+    for _ in range(5):  # a busy machine may spoil a measurement
         with torch.no_grad():
             gain, plain = speedup(partial(ours, x, is_causal=True), theirs, fused)
         if gain >= least:

@@ -57,8 +57,8 @@ MUTANTS = [
         (
             "distance of the key alone",
             "equation",
-            "- q_positions[:, :, None]",
-            "+ 0 * q_positions[:, :, None]",
+            "- q_positions.long()[:, :, None]",
+            "+ 0 * q_positions.long()[:, :, None]",
         ),
         ("buckets as in an encoder", "equation", "(-relative).clamp(min=0)", "relative.abs()"),
         ("context ignored", "equation", "if context is None:", "if True:"),
