@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import draw, redraw, values_and_gradients
 from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaConfig
@@ -31,28 +32,6 @@ from tfm_ref.layers import ACTIVATIONS
 
 B, N, M, H, D, FF = 3, 5, 7, 2, 8, 12
 explore = settings(deadline=None, derandomize=True)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def redraw(module):
-    """Give every parameter a value that matters, gains and biases among them."""
-    with torch.no_grad():
-        for seed, parameter in enumerate(module.parameters()):
-            parameter.copy_(draw(*parameter.shape, seed=seed) / 2)
-    return module
-
-
-def values_and_gradients(run, module, *tokens):
-    """Give the output, and the gradients of tokens and parameters, by name."""
-    tokens = [t.clone().requires_grad_() for t in tokens]
-    parameters = dict(module.named_parameters())
-    y = run(*tokens)
-    gradients = torch.autograd.grad(y.square().sum(), (*tokens, *parameters.values()))
-    named = dict(zip(parameters, gradients[len(tokens) :], strict=True))
-    return y, gradients[: len(tokens)], named
 
 
 # --- RMSNorm

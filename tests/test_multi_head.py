@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from oracles import draw, redraw, values_and_gradients
 from torch import nn
 from torch.testing import assert_close
 
@@ -20,10 +21,6 @@ from tfm_ref.multi_head import BACKENDS, fused_attention
 B, N, M, H, D = 3, 5, 7, 2, 8
 
 
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 # --- against nn.MultiheadAttention
 
 
@@ -31,9 +28,7 @@ def twins(backend, bias, device):
     """Build our layer and PyTorch's with the same parameters, biases that matter among them."""
     ours = MultiHeadAttention(d_model=D, n_heads=H, bias=bias, backend=backend).to(device)
     theirs = nn.MultiheadAttention(D, H, bias=bias, batch_first=True).to(device)
-    with torch.no_grad():
-        for seed, parameter in enumerate(ours.parameters()):
-            parameter.copy_(draw(*parameter.shape, seed=seed) / 2)
+    redraw(ours)
     theirs.load_state_dict(in_their_names(dict(ours.named_parameters())))
     return ours, theirs
 
@@ -48,16 +43,6 @@ def in_their_names(of_ours):
         },
         **{f"out_proj.{kind}": of_ours[f"o_proj.{kind}"] for kind in kinds},
     }
-
-
-def values_and_gradients(run, module, *tokens):
-    """Give the output, and the gradients of tokens and parameters, by name."""
-    tokens = [t.clone().requires_grad_() for t in tokens]
-    parameters = dict(module.named_parameters())
-    y = run(*tokens)
-    gradients = torch.autograd.grad(y.square().sum(), (*tokens, *parameters.values()))
-    named = dict(zip(parameters, gradients[len(tokens) :], strict=True))
-    return y, gradients[: len(tokens)], named
 
 
 PADDING = padding_mask(torch.tensor([M, 2, 4]), M)

@@ -195,13 +195,7 @@ class YaRNScaling(RopeScaling):
     temperature: float | None = None
 
     def __post_init__(self) -> None:
-        _check_factor(self.factor)
-        check_size("original_length", self.original_length)
-        if not 0 < self.beta_slow < self.beta_fast:
-            raise ValueError(
-                "0 < beta_slow < beta_fast must hold; "
-                f"got beta_slow {self.beta_slow} and beta_fast {self.beta_fast}"
-            )
+        _check_blend(self, "beta_slow", "beta_fast")
 
     def frequencies(
         self, width: int, theta: float, *, device: torch.device | None = None
@@ -258,13 +252,7 @@ class Llama3Scaling(RopeScaling):
     original_length: int = 8192
 
     def __post_init__(self) -> None:
-        _check_factor(self.factor)
-        check_size("original_length", self.original_length)
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                "0 < low_freq_factor < high_freq_factor must hold; got low_freq_factor "
-                f"{self.low_freq_factor} and high_freq_factor {self.high_freq_factor}"
-            )
+        _check_blend(self, "low_freq_factor", "high_freq_factor")
 
     def frequencies(
         self, width: int, theta: float, *, device: torch.device | None = None
@@ -275,6 +263,14 @@ class Llama3Scaling(RopeScaling):
         low, high = self.low_freq_factor, self.high_freq_factor
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - kept) * fast / self.factor + kept * fast
+
+
+def _check_blend(scaling: YaRNScaling | Llama3Scaling, slow: str, fast: str) -> None:
+    _check_factor(scaling.factor)
+    check_size("original_length", scaling.original_length)
+    low, high = getattr(scaling, slow), getattr(scaling, fast)
+    if not 0 < low < high:
+        raise ValueError(f"0 < {slow} < {fast} must hold; got {slow} {low} and {fast} {high}")
 
 
 def _check_factor(factor: float) -> None:
