@@ -15,6 +15,7 @@ from tfm_ref.positions import (
     alibi_slopes,
     sinusoidal_encoding,
 )
+from tfm_ref.progress import progress
 from tfm_ref.rotary import (
     LinearScaling,
     Llama3Scaling,
@@ -52,6 +53,7 @@ __all__ = [
     "fused_attention",
     "padding_mask",
     "prefix_mask",
+    "progress",
     "refute",
     "scaled_dot_product_attention",
     "sinusoidal_encoding",
