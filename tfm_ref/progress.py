@@ -3,13 +3,11 @@
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import TypeVar
 
-T = TypeVar("T")
 EVERY = 0.2  # seconds between two lines
 
 
-def progress(items: Collection[T], label: str = "step") -> Iterator[T]:
+def progress(items: Collection, label: str = "step") -> Iterator:
     """Pass the items on one by one, and say how many have passed to whoever is watching.
 
     In JupyterLab and Colab a line below the cell says it, in a terminal the last line; it is
