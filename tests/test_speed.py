@@ -1,4 +1,4 @@
-"""Speed on one thread of the CPU, as ratios within one run. `make bench` prints them."""
+"""Speed on one thread of the CPU, where it can as a ratio. `make bench` prints it."""
 
 from functools import partial
 from statistics import median
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tfm_ref import MultiHeadAttention, causal_mask
+from tfm_ref import MultiHeadAttention, causal_mask, corpus, train_bpe
 
 
 def speedup(ours, *others, rounds=5):
@@ -41,3 +41,13 @@ def test_multi_head_attention_against_torch_module(length, least):
     what = f"nn.MultiheadAttention / MultiHeadAttention, causal, N = {length}"
     print(f"\n{what}: {gain:.2f} (at least {least}); need_weights=False: {plain:.2f}")
     assert gain >= least
+
+
+def test_bpe_training():
+    """1,000 merges on the corpus, in time of one core."""
+    start = process_time()
+    tokenizer = train_bpe(corpus(), n_merges=1000)
+    seconds = process_time() - start
+    print(f"\ntrain_bpe, 1,000 merges on the corpus: {seconds:.2f} s (at most 5)")
+    assert tokenizer.vocab_size == 1256
+    assert seconds < 5
