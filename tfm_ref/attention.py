@@ -12,7 +12,9 @@ from tfm_ref.validation import (
     check_dropout,
     check_mask,
     check_qkv,
+    check_sinks,
     check_size,
+    check_softcap,
     check_tokens,
 )
 
@@ -25,6 +27,8 @@ def attention_weights(
     is_causal: bool = False,
     bias: Float[Tensor, "#b #h #n #m"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " h"] | None = None,
 ) -> Float[Tensor, "b h n m"]:
     """Say how much of each value every query takes.
 
@@ -39,19 +43,25 @@ def attention_weights(
         bias: finite numbers added to the scaled scores; each axis of size 1 or full. What is
             forbidden goes through ``mask``: a row of -inf would give NaN.
         scale: factor of the dot products; 1/√head_dim if not given.
+        softcap: bends the scaled scores into (-softcap, softcap), ``softcap tanh(s / softcap)``,
+            before the bias is added.
+        sinks: one score per head that takes its share of each softmax and gives nothing for it.
 
     Returns:
         Weights of shape (batch, heads, len_q, len_k). A row is at least 0 everywhere and sums
-        to 1; the row of a query that may attend to nothing is 0, not NaN.
+        to 1, with sinks to less; the row of a query that may attend to nothing is 0, not NaN.
 
     Raises:
         ValueError: if q or k has not four axes, an axis is empty, batch or width differ, the
             heads of q are no multiple of those of k, devices or (autocast apart) dtypes differ,
-            the dtype is not floating, or mask or bias does not fit in dtype, axes or device.
+            the dtype is not floating, or mask or bias does not fit in dtype, axes or device, if
+            softcap is not above 0, or if there is not one sink per head.
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1, equation (1). The
-        paper says nothing of queries with no key; there we give 0.
+        paper says nothing of queries with no key; there we give 0. Gemma Team 2024, "Gemma 2:
+        Improving Open Language Models at a Practical Size", section 2 (softcap); ``sdpa`` in
+        ``gpt_oss/torch/model.py`` of openai/gpt-oss (sinks).
 
     Example:
         The scores are 0 and 1, so the weights are 1/(1+e) and e/(1+e).
@@ -63,6 +73,9 @@ def attention_weights(
     check_qkv(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = einsum(q * scale, _share(k, q.shape[1]), "b h n k, b h m k -> b h n m")
+    if softcap is not None:
+        check_softcap(softcap)
+        scores = softcap * (scores / softcap).tanh()
     if bias is not None:
         check_bias(bias, scores)
         scores = scores + bias
@@ -72,12 +85,23 @@ def attention_weights(
         causal = causal_mask(*scores.shape[2:], device=q.device)
         mask = causal if mask is None else mask & causal
     if mask is None:
-        return scores.softmax(-1)
+        return _normalise(scores, sinks)
     # A query without any allowed key would get softmax(-inf, ...) = NaN, and pass it back. Its
     # scores are set to 0 before the softmax and its weights to 0 after it.
     blind = ~mask.any(-1, keepdim=True)
-    weights = scores.masked_fill(~mask, -torch.inf).masked_fill(blind, 0.0).softmax(-1)
-    return weights.masked_fill(~mask, 0.0)
+    scores = scores.masked_fill(~mask, -torch.inf).masked_fill(blind, 0.0)
+    return _normalise(scores, sinks).masked_fill(~mask, 0.0)
+
+
+def _normalise(
+    scores: Float[Tensor, "b h n m"], sinks: Float[Tensor, " h"] | None
+) -> Float[Tensor, "b h n m"]:
+    """Turn each row of scores into weights, after the sink has taken its share."""
+    if sinks is None:
+        return scores.softmax(-1)
+    check_sinks(sinks, scores)
+    column = sinks[:, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
 
 def scaled_dot_product_attention(
@@ -89,6 +113,8 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     bias: Float[Tensor, "#b #h #n #m"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " h"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "b h n v"]:
     """Give each query the average of the values, weighted by how well the keys match it.
@@ -107,6 +133,8 @@ def scaled_dot_product_attention(
         bias: finite numbers added to the scaled scores; each axis of size 1 or full. What is
             forbidden goes through ``mask``: a row of -inf would give NaN.
         scale: factor of the dot products; 1/√head_dim if not given.
+        softcap: bends the scaled scores into (-softcap, softcap) before the bias is added.
+        sinks: one score per head that takes its share of each softmax and gives nothing for it.
         dropout: probability with which a weight is set to 0; the others are divided by
             1 - dropout. For training only: a function cannot know when that is.
 
@@ -129,7 +157,8 @@ def scaled_dot_product_attention(
     """
     check_qkv(q, k, v)
     check_dropout(dropout)
-    weights = attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias, scale=scale)
+    terms = {"mask": mask, "is_causal": is_causal, "bias": bias, "scale": scale}
+    weights = attention_weights(q, k, **terms, softcap=softcap, sinks=sinks)
     weights = F.dropout(weights, dropout)
     return einsum(weights, _share(v, q.shape[1]), "b h n m, b h m v -> b h n v")
 

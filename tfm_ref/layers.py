@@ -154,31 +154,49 @@ class FeedForward(nn.Module):
         return f"activation={self.activation!r}, dropout={self.dropout}"
 
 
+NORM_PLACEMENTS = ("pre", "post", "both")
+"""Where the norms of a block stand, by name."""
+
+
 class Block(nn.Module):
     """Join attention and feed-forward: each adds what it computes to the tokens.
 
-    ``x = x + sublayer(norm(x))`` for each sub-layer in turn if ``norm_first`` (pre-norm), else
-    ``x = norm(x + sublayer(x))`` (post-norm).
+    ==============  ===================================
+    norm_placement  each sub-layer in turn
+    ==============  ===================================
+    pre             ``x = x + sublayer(norm(x))``
+    post            ``x = norm(x + sublayer(x))``
+    both            ``x = x + norm'(sublayer(norm(x)))``
+    ==============  ===================================
+
+    A parallel block takes both steps at once, from one norm:
+    ``x = x + attention(norm(x)) + feed_forward(norm(x))``.
 
     Args:
-        attention: a :class:`~tfm_ref.multi_head.MultiHeadAttention`, among the tokens.
+        attention: a :class:`~tfm_ref.multi_head.MultiHeadAttention`, or what is called like it,
+            among the tokens.
         feed_forward: any module of tokens (batch, length, d_model), such as a
             :class:`FeedForward`.
         cross_attention: a second attention, from the tokens to a context, between the two; a
             block without it if not given.
         norm: makes a norm when called with d_model: ``nn.LayerNorm``, :class:`RMSNorm`.
-        norm_first: pre-norm. A stack of such blocks needs one more norm at its end, since no
-            block normalises what it returns.
+        norm_placement: "pre", "post" or "both". A stack of blocks that are not "post" needs one
+            more norm at its end, since no block normalises what it returns.
+        parallel: let attention and feed-forward read the same tokens; only with "pre" and
+            without cross-attention.
         dropout: probability with which a number that a sub-layer returns is set to 0 in
             training, before it is added.
 
     Raises:
-        ValueError: if d_model of the parts differs, or dropout does not lie in 0 ≤ dropout < 1.
+        ValueError: if d_model of the parts differs, dropout does not lie in 0 ≤ dropout < 1,
+            norm_placement is unknown, or parallel meets another placement or a cross-attention.
 
     Reference:
-        Vaswani et al. 2017, "Attention Is All You Need", sections 3.1 and 5.4: post-norm, with
+        Vaswani et al. 2017, "Attention Is All You Need", sections 3.1 and 5.4: post, with
         cross-attention the decoder's layer. Xiong et al. 2020, "On Layer Normalization in the
-        Transformer Architecture", Table 1: both forms.
+        Transformer Architecture", Table 1: post and pre. Gemma Team 2024, "Gemma 2: Improving
+        Open Language Models at a Practical Size", section 2: both. Chowdhery et al. 2022, "PaLM:
+        Scaling Language Modeling with Pathways", section 2: parallel.
 
     Example:
         >>> from tfm_ref import MultiHeadAttention
@@ -195,24 +213,42 @@ class Block(nn.Module):
         feed_forward: nn.Module,
         cross_attention: nn.Module | None = None,
         norm: Callable[[int], nn.Module] = nn.LayerNorm,
-        norm_first: bool = True,
+        norm_placement: str = "pre",
+        parallel: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         d_model = attention.d_model
-        others = {"feed_forward": feed_forward, "cross_attention": cross_attention}
-        for name, part in others.items():
+        parts = {
+            "attention": attention,
+            "cross_attention": cross_attention,
+            "feed_forward": feed_forward,
+        }
+        for name, part in parts.items():
             width = getattr(part, "d_model", d_model)
             if width != d_model:
                 raise ValueError(
                     f"attention and {name} must have the same d_model; got {d_model} and {width}"
                 )
         check_dropout(dropout)
-        self.d_model, self.norm_first, self.dropout = d_model, norm_first, dropout
-        self.attention, self.attention_norm = attention, norm(d_model)
-        self.cross_attention = cross_attention
-        self.cross_attention_norm = None if cross_attention is None else norm(d_model)
-        self.feed_forward, self.feed_forward_norm = feed_forward, norm(d_model)
+        if norm_placement not in NORM_PLACEMENTS:
+            raise ValueError(
+                f"norm_placement must be one of {', '.join(NORM_PLACEMENTS)}; "
+                f'got "{norm_placement}"'
+            )
+        if parallel and (norm_placement != "pre" or cross_attention is not None):
+            raise ValueError(
+                'a parallel block must have norm_placement "pre" and no cross_attention; got '
+                f'"{norm_placement}" and {"one" if cross_attention is not None else "none"}'
+            )
+        self.d_model, self.dropout = d_model, dropout
+        self.norm_placement, self.parallel = norm_placement, parallel
+        for name, part in parts.items():
+            normed = part is not None and not (parallel and name == "feed_forward")
+            both = normed and norm_placement == "both"
+            self.add_module(name, part)
+            self.add_module(f"{name}_norm", norm(d_model) if normed else None)
+            self.add_module(f"{name}_output_norm", norm(d_model) if both else None)
 
     def forward(
         self,
@@ -254,27 +290,34 @@ class Block(nn.Module):
             >>> decoder(torch.randn(2, 5, 8), torch.randn(2, 7, 8), is_causal=True).shape
             torch.Size([2, 5, 8])
         """
-        check_tokens("x", x, self.attention.q_proj.weight)
+        check_tokens("x", x, self.attention.o_proj.weight.mT)
         if self.cross_attention is not None and context is None:
             raise ValueError("a block with cross_attention needs a context; got None")
         if self.cross_attention is None and not (context is None and context_mask is None):
             raise ValueError("a block without cross_attention takes no context or context_mask")
 
         terms = {"mask": mask, "is_causal": is_causal, "bias": bias, "rotation": rotation}
-        x = self._add(x, self.attention_norm, partial(self.attention, **terms))
+        attend = partial(self.attention, **terms)
+        if self.parallel:
+            return self._add(x, "attention", lambda y: attend(y) + self.feed_forward(y))
+        x = self._add(x, "attention", attend)
         if self.cross_attention is not None:
-            attend = partial(self.cross_attention, context=context, mask=context_mask)
-            x = self._add(x, self.cross_attention_norm, attend)
-        return self._add(x, self.feed_forward_norm, self.feed_forward)
+            ask = partial(self.cross_attention, context=context, mask=context_mask)
+            x = self._add(x, "cross_attention", ask)
+        return self._add(x, "feed_forward", self.feed_forward)
 
     def _add(
-        self, x: Float[Tensor, "b n d"], norm: nn.Module, sublayer: Callable[[Tensor], Tensor]
+        self, x: Float[Tensor, "b n d"], name: str, sublayer: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "b n d"]:
-        """Add to the tokens what one sub-layer makes of them, with its norm before or after."""
-        y = sublayer(norm(x) if self.norm_first else x)
+        """Add to the tokens what one sub-layer makes of them, with its norms where they stand."""
+        norm, output_norm = getattr(self, f"{name}_norm"), getattr(self, f"{name}_output_norm")
+        post = self.norm_placement == "post"
+        y = sublayer(x if post else norm(x))
+        y = y if output_norm is None else output_norm(y)
         y = x + F.dropout(y, self.dropout, self.training)
-        return y if self.norm_first else norm(y)
+        return norm(y) if post else y
 
     def extra_repr(self) -> str:
         """Name what the parts do not show."""
-        return f"norm_first={self.norm_first}, dropout={self.dropout}"
+        kind = f"norm_placement={self.norm_placement!r}, parallel={self.parallel}"
+        return f"{kind}, dropout={self.dropout}"

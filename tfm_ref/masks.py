@@ -84,6 +84,45 @@ def sliding_window_mask(
     return ((j <= i) & (j > i - window))[None, None]
 
 
+def chunked_mask(
+    len_q: int,
+    len_k: int | None = None,
+    *,
+    window: int,
+    device: torch.device | str | None = None,
+) -> Bool[Tensor, "1 1 n m"]:
+    """Cut the sequence into windows, and let each query see the past of its own window.
+
+    ``mask[i, j] = (j <= i') and (j // window == i' // window)`` with ``i' = i + len_k - len_q``.
+
+    Args:
+        len_q: number of queries.
+        len_k: number of keys; len_q if not given.
+        window: number of positions in one window.
+        device: where to build the mask.
+
+    Returns:
+        Mask of shape (1, 1, len_q, len_k), True = may attend.
+
+    Raises:
+        ValueError: if a length or the window is not an integer of at least 1.
+
+    Reference:
+        Llama 4: ``create_chunked_attention_mask`` in ``models/llama4/model.py`` of
+        meta-llama/llama-models.
+
+    Example:
+        >>> chunked_mask(4, window=2)[0, 0].int()
+        tensor([[1, 0, 0, 0],
+                [1, 1, 0, 0],
+                [0, 0, 1, 0],
+                [0, 0, 1, 1]], dtype=torch.int32)
+    """
+    check_size("window", window)
+    i, j = _positions(len_q, len_k, device)
+    return ((j <= i) & (j // window == i // window))[None, None]
+
+
 def prefix_mask(
     len_q: int,
     len_k: int | None = None,

@@ -15,7 +15,9 @@ from tfm_ref.validation import (
     check_dropout,
     check_mask,
     check_qkv,
+    check_sinks,
     check_size,
+    check_softcap,
     check_tokens,
 )
 
@@ -29,13 +31,15 @@ def fused_attention(
     is_causal: bool = False,
     bias: Float[Tensor, "#b #h #n #m"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " h"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "b h n v"]:
     """Compute :func:`~tfm_ref.attention.scaled_dot_product_attention` with PyTorch's kernels.
 
-    Arguments, returns and errors are the same. PyTorch chooses the kernel; on the CPU the n × m
-    weights are stored only with dropout, with values of another width than the keys, or if the
-    bias needs a gradient.
+    Arguments, returns and errors are the same, but that a softcap is refused: the kernels have
+    none. PyTorch chooses the kernel; on the CPU the n × m weights are stored only with dropout,
+    with values of another width than the keys, or if the bias or the sinks need a gradient.
 
     Reference:
         ``torch.nn.functional.scaled_dot_product_attention``. Its ``is_causal`` aligns the first
@@ -50,11 +54,16 @@ def fused_attention(
     """
     check_qkv(q, k, v)
     check_dropout(dropout)
+    if softcap is not None:
+        raise ValueError(f'PyTorch\'s kernels have no softcap; got {softcap}. Use "naive".')
     scores = q.new_empty(()).expand(*q.shape[:3], k.shape[2])  # no memory: what checks look at
     if bias is not None:
         check_bias(bias, scores)
     if mask is not None:
         check_mask(mask, scores)
+    if sinks is not None:
+        check_sinks(sinks, scores)
+        bias = torch.zeros_like(scores) if bias is None else bias
     if is_causal and not (mask is None and bias is None and q.shape[2] == k.shape[2]):
         causal = causal_mask(*scores.shape[2:], device=q.device)
         mask, is_causal = causal if mask is None else mask & causal, False
@@ -64,6 +73,11 @@ def fused_attention(
         blind = ~mask.any(-1, keepdim=True)
         allowed = mask | blind
         added = allowed if bias is None else bias.masked_fill(~allowed, -torch.inf)
+    if sinks is not None:
+        # One more key, of zeros and with the sink for its bias, and a value of zeros.
+        column = sinks[:, None, None].expand(*scores.shape[:3], 1)
+        added = torch.cat([added.expand(scores.shape), column], -1)
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     y = F.scaled_dot_product_attention(
         q,
         k,
@@ -95,20 +109,28 @@ class MultiHeadAttention(nn.Module):
         head_dim: width of one query and one key; d_model / n_heads if not given.
         v_head_dim: width of one value; head_dim if not given.
         bias: add a bias to all four projections, or to those named, such as "qkv".
+        qk_norm: makes a norm when called with head_dim, one for the queries and one for the keys
+            of all heads; they are not normalised if not given.
+        scale: factor of the dot products; 1/√head_dim if not given.
+        softcap: bends the scaled scores into (-softcap, softcap); only with "naive".
+        sinks: learn one score per head that takes its share of each softmax and gives nothing.
         dropout: probability with which a weight is set to 0 in training.
         backend: how to compute, "sdpa" (PyTorch's fused kernels) or "naive" (as it is written in
-            the equation); the result is the same.
+            the equation); the result is the same. "sdpa" if not given, but with softcap "naive".
 
     Raises:
         ValueError: if a size is not an integer of at least 1, n_heads is no multiple of
             n_kv_heads, head_dim is not given and n_heads does not divide d_model, dropout does
-            not lie in 0 ≤ dropout < 1, or bias or backend is unknown.
+            not lie in 0 ≤ dropout < 1, softcap is not above 0 or meets "sdpa", or bias or backend
+            is unknown.
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2; Shazeer 2019, "Fast
         Transformer Decoding: One Write-Head is All You Need" (MQA); Ainslie et al. 2023, "GQA:
         Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints". Heads
-        i·r to i·r + r - 1 share key head i, as in the public models.
+        i·r to i·r + r - 1 share key head i, as in the public models. Henry et al. 2020,
+        "Query-Key Normalization for Transformers"; norms with a gain, as in Qwen3, before the
+        rotation. Softcap and sinks: see :func:`tfm_ref.attention.attention_weights`.
 
     Example:
         >>> attention = MultiHeadAttention(d_model=512, n_heads=8)
@@ -125,8 +147,12 @@ class MultiHeadAttention(nn.Module):
         head_dim: int | None = None,
         v_head_dim: int | None = None,
         bias: bool | str = False,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
         dropout: float = 0.0,
-        backend: str = "sdpa",
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         check_size("d_model", d_model)
@@ -150,8 +176,15 @@ class MultiHeadAttention(nn.Module):
         if not isinstance(biased, str) or not set(biased) <= set("qkvo"):
             raise ValueError(f'bias must be True, False or letters of "qkvo"; got {bias!r}')
         check_dropout(dropout)
+        if backend is None:
+            backend = "sdpa" if softcap is None else "naive"
         if backend not in BACKENDS:
             raise ValueError(f'backend must be one of {", ".join(BACKENDS)}; got "{backend}"')
+        if softcap is not None:
+            check_softcap(softcap)
+            if backend == "sdpa":
+                raise ValueError(f'softcap ({softcap}) needs backend "naive"; got "sdpa"')
+        self.scale, self.softcap = scale, softcap
         self.dropout, self.backend = dropout, backend
 
         width, kv_width = n_heads * self.head_dim, self.n_kv_heads * self.head_dim
@@ -159,6 +192,9 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(d_model, kv_width, bias="k" in biased)
         self.v_proj = nn.Linear(d_model, self.n_kv_heads * self.v_head_dim, bias="v" in biased)
         self.o_proj = nn.Linear(n_heads * self.v_head_dim, d_model, bias="o" in biased)
+        self.q_norm = None if qk_norm is None else qk_norm(self.head_dim)
+        self.k_norm = None if qk_norm is None else qk_norm(self.head_dim)
+        self.sinks = nn.Parameter(torch.zeros(n_heads)) if sinks else None
 
     def forward(
         self,
@@ -197,9 +233,9 @@ class MultiHeadAttention(nn.Module):
             torch.Size([2, 3, 8])
         """
         q, k, v = self._project(x, context, rotation)
-        attend = BACKENDS[self.backend]
+        terms = {"mask": mask, "is_causal": is_causal, "bias": bias, **self._form()}
         dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, mask=mask, is_causal=is_causal, bias=bias, dropout=dropout)
+        y = BACKENDS[self.backend](q, k, v, **terms, dropout=dropout)
         return self.o_proj(rearrange(y, "b h n v -> b n (h v)"))
 
     def attention_weights(
@@ -222,7 +258,11 @@ class MultiHeadAttention(nn.Module):
             ValueError: as :meth:`forward`.
         """
         q, k, _ = self._project(x, context, rotation)
-        return attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias)
+        return attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias, **self._form())
+
+    def _form(self) -> dict[str, object]:
+        """Give what of the equation is fixed for the layer."""
+        return {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
 
     def _project(
         self,
@@ -239,6 +279,8 @@ class MultiHeadAttention(nn.Module):
         q = rearrange(self.q_proj(x), "b n (h k) -> b h n k", h=self.n_heads)
         k = rearrange(self.k_proj(context), "b m (g k) -> b g m k", g=self.n_kv_heads)
         v = rearrange(self.v_proj(context), "b m (g v) -> b g m v", g=self.n_kv_heads)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return (q, k, v) if rotation is None else (rotation(q), rotation(k), v)
 
     def extra_repr(self) -> str:

@@ -175,7 +175,7 @@ class YaRNScaling(RopeScaling):
 
     Raises:
         ValueError: if the factor is not finite and at least 1, original_length is not at least 1,
-            or 0 < beta_slow < beta_fast does not hold.
+            or 0 < beta_slow ≤ beta_fast does not hold.
 
     Reference:
         Peng et al. 2023, "YaRN: Efficient Context Window Extension of Large Language Models",
@@ -234,11 +234,12 @@ class Llama3Scaling(RopeScaling):
 
     Raises:
         ValueError: if the factor is not finite and at least 1, original_length is not at least 1,
-            or 0 < low_freq_factor < high_freq_factor does not hold.
+            or 0 < low_freq_factor ≤ high_freq_factor does not hold.
 
     Reference:
         Llama 3.1: ``apply_scaling`` in ``models/llama3/model.py`` of meta-llama/llama-models,
-        whose numbers are the defaults here.
+        whose numbers are the defaults here. Llama 4 Scout has factor 16 and both bounds at 1: a
+        step without a blend.
 
     Example:
         >>> stretched, plain = Llama3Scaling().frequencies(128, 5e5), frequencies(128, 5e5)
@@ -261,7 +262,7 @@ class Llama3Scaling(RopeScaling):
         fast = frequencies(width, theta, device=device)
         turns = self.original_length * fast / (2 * math.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        kept = ((turns - low) / max(high - low, 1e-9)).clamp(0, 1)
         return (1 - kept) * fast / self.factor + kept * fast
 
 
@@ -269,8 +270,8 @@ def _check_blend(scaling: YaRNScaling | Llama3Scaling, slow: str, fast: str) -> 
     _check_factor(scaling.factor)
     check_size("original_length", scaling.original_length)
     low, high = getattr(scaling, slow), getattr(scaling, fast)
-    if not 0 < low < high:
-        raise ValueError(f"0 < {slow} < {fast} must hold; got {slow} {low} and {fast} {high}")
+    if not 0 < low <= high:
+        raise ValueError(f"0 < {slow} <= {fast} must hold; got {slow} {low} and {fast} {high}")
 
 
 def _check_factor(factor: float) -> None:

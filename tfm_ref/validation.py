@@ -1,5 +1,7 @@
 """What is refused, and in which words: each message states the rule and the numbers."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -224,6 +226,78 @@ def check_bias(bias: Tensor, scores: Tensor) -> None:
         )
     check_same_kind("the scores", scores, "bias", bias)
     check_axes("bias", bias, scores)
+
+
+def check_softcap(softcap: float) -> None:
+    """Refuse a softcap that is not above 0.
+
+    Args:
+        softcap: the bound that scores approach.
+
+    Raises:
+        ValueError: if it is not finite and above 0.
+
+    Example:
+        >>> check_softcap(0.0)
+        Traceback (most recent call last):
+        ValueError: softcap must be finite and above 0; got 0.0
+    """
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be finite and above 0; got {softcap}")
+
+
+def check_sinks(sinks: Tensor, scores: Tensor) -> None:
+    """Refuse sinks that are not one number per head.
+
+    Args:
+        sinks: the sinks to check.
+        scores: the scores (batch, heads, len_q, len_k) that they stand beside.
+
+    Raises:
+        ValueError: if the sinks are no vector with one number per head, or differ from the
+            scores in device or (autocast apart) dtype.
+
+    Example:
+        >>> check_sinks(torch.zeros(3), torch.zeros(2, 8, 4, 4))
+        Traceback (most recent call last):
+        ValueError: sinks must have shape (heads,) = (8,); got (3,)
+    """
+    if sinks.shape != scores.shape[1:2]:
+        raise ValueError(
+            f"sinks must have shape (heads,) = ({scores.shape[1]},); got {tuple(sinks.shape)}"
+        )
+    check_same_kind("the scores", scores, "sinks", sinks)
+
+
+def check_token_ids(name: str, tokens: Tensor, vocab_size: int) -> None:
+    """Refuse what are not numbers of tokens.
+
+    Args:
+        name: what the message calls them.
+        tokens: the numbers to check.
+        vocab_size: number of tokens in the vocabulary.
+
+    Raises:
+        ValueError: if they are not int64 or int32 of shape (batch, length), are empty, or do not
+            lie in 0 ≤ number < vocab_size.
+
+    Example:
+        >>> check_token_ids("tokens", torch.tensor([[3, 7]]), 5)
+        Traceback (most recent call last):
+        ValueError: tokens must lie in 0 <= number < vocab_size (5); got 3 to 7
+    """
+    if tokens.dtype not in (torch.int64, torch.int32) or tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(
+            f"{name} must be int64 or int32 of shape (batch, length) and not be empty; "
+            f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
+        )
+    if tokens.is_meta:
+        return
+    lowest, highest = (int(number) for number in tokens.aminmax())
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"{name} must lie in 0 <= number < vocab_size ({vocab_size}); got {lowest} to {highest}"
+        )
 
 
 def check_positions(

@@ -1,0 +1,351 @@
+"""The space of choices: a config is one point in it, and says how each part of a model is made."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from tfm_ref.latent import LatentAttention
+from tfm_ref.layers import ACTIVATIONS, NORM_PLACEMENTS, Block, FeedForward, RMSNorm
+from tfm_ref.moe import MoELayer
+from tfm_ref.multi_head import MultiHeadAttention
+from tfm_ref.positions import (
+    ALiBi,
+    LearnedPositions,
+    PositionScheme,
+    SinusoidalPositions,
+    T5Bias,
+)
+from tfm_ref.rotary import RopeScaling, RotaryPositions
+from tfm_ref.validation import check_dropout, check_size, check_softcap
+
+NORMS = {
+    "layer_norm": nn.LayerNorm,
+    "layer_norm_no_bias": partial(nn.LayerNorm, bias=False),
+    "rms_norm": RMSNorm,
+}
+"""The norms, by name; each is made from a width and eps."""
+
+POSITIONS = {
+    "none": lambda c: PositionScheme(),
+    "learned": lambda c: LearnedPositions(
+        max_seq_len=c.first_position + c.max_seq_len, d_model=c.d_model
+    ),
+    "sinusoidal": lambda c: SinusoidalPositions(d_model=c.d_model, halves=c.sinusoid_halves),
+    "rope": lambda c: RotaryPositions(
+        head_dim=c.turned,
+        theta=c.rope_theta,
+        interleaved=c.rope_interleaved,
+        scaling=c.rope_scaling,
+    ),
+    "alibi": lambda c: ALiBi(n_heads=c.n_heads),
+    "t5": lambda c: T5Bias(
+        n_heads=c.n_heads,
+        n_buckets=c.t5_buckets,
+        max_distance=c.t5_max_distance,
+        bidirectional=not c.is_causal,
+    ),
+}
+"""The schemes of positions, by name; each is made from a config."""
+
+RULES = [
+    (("first_position",), "positions", "learned"),
+    (("sinusoid_halves",), "positions", "sinusoidal"),
+    (("rope_theta", "rope_dim", "rope_interleaved", "rope_scaling"), "positions", "rope"),
+    (("t5_buckets", "t5_max_distance"), "positions", "t5"),
+    (("local_rope_theta",), "positions", "rope"),
+    (("local_rope_theta", "global_positions"), "global_every", ...),
+    (("chunked", "global_every"), "window", ...),
+    (("window", "n_encoder_layers"), "is_causal", True),
+    (("pooler",), "is_causal", False),
+    (("parallel",), "norm_placement", "pre"),
+    (("parallel", "latent", "pooler"), "n_encoder_layers", 0),
+    (("n_kv_heads", "rope_dim", "qk_norm", "attention_softcap", "sinks"), "latent", None),
+    (("latent",), "positions", "rope"),
+]
+"""The fields on the left need the choice on the right; ``...`` is any that is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Say that attention is latent: :class:`~tfm_ref.latent.LatentAttention` has the arguments."""
+
+    kv_lora_rank: int
+    rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Say that feed-forwards are mixtures: :class:`~tfm_ref.moe.MoELayer` has the arguments.
+
+    ``n_dense_layers`` is its own: the number of first layers that keep a plain feed-forward.
+    """
+
+    d_ff: int
+    n_experts: int
+    top_k: int
+    n_shared: int = 0
+    n_dense_layers: int = 0
+    score: str = "softmax"
+    normalise: bool = True
+    router_bias: bool = False
+    choice_bias: bool = False
+    n_groups: int = 1
+    top_k_groups: int = 1
+    top_k_in_group: int = 1
+    scale: float = 1.0
+    scale_input: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Describe a Transformer: one point in the space of choices.
+
+    A choice that is not named is that of the paper of 2017, so that what is named is what a model
+    does otherwise. Every field stands for itself: none names a model.
+
+    Args:
+        vocab_size: number of tokens in the vocabulary.
+        d_model: width of the tokens.
+        n_layers: number of blocks; of an encoder-decoder, of its decoder.
+        n_heads: number of query heads.
+        d_ff: width between the projections of a plain feed-forward.
+        n_encoder_layers: number of blocks of the encoder in an encoder-decoder; 0 for a model
+            of one stack.
+        is_causal: let a token see no later one (decoder), or all (encoder).
+        max_seq_len: longest sequence in training; with learned positions, the longest there is.
+        n_segments: number of learned vectors that tell the parts of an input apart.
+        scale_embeddings: multiply the embeddings by √d_model.
+        embedding_norm: normalise the tokens before the first block.
+        tied_embeddings: let the head share its matrix with the embedding.
+        head_transform: put a projection, the activation and a norm before the head.
+        head_bias: add a bias to the logits.
+        scale_logits: divide what the head gets by √d_model.
+        logit_softcap: bends the logits into (-logit_softcap, logit_softcap).
+        pooler: give an encoder a projection of its first token, tanh after it.
+        positions: "none", "learned", "sinusoidal", "rope", "alibi" or "t5".
+        first_position: number of the first position, with "learned".
+        sinusoid_halves: put all sines before all cosines.
+        rope_theta: base of the wavelengths, with "rope".
+        rope_dim: numbers of a head to turn; all if not given.
+        rope_interleaved: pair neighbours instead of halves.
+        rope_scaling: how to stretch beyond the training length.
+        t5_buckets: number of buckets, with "t5".
+        t5_max_distance: the distance from which on all share one bucket.
+        norm: "layer_norm", "layer_norm_no_bias" or "rms_norm".
+        norm_eps: what is added to the variance or the mean square before its root.
+        norm_placement: "pre", "post" or "both", as in :class:`~tfm_ref.layers.Block`.
+        parallel: let attention and feed-forward read the same tokens.
+        n_kv_heads: number of key and value heads; n_heads if not given.
+        head_dim: width of a query and a key; d_model / n_heads if not given. With latent
+            attention, of their part without positions.
+        attention_bias: biases of the attention: True, False or letters of "qkvo".
+        qk_norm: normalise queries and keys, by ``norm`` over head_dim.
+        attention_scale: factor of the dot products; 1/√head_dim if not given.
+        attention_softcap: bends the scaled scores.
+        sinks: learn a score per head that takes its share of each softmax.
+        window: number of keys in sight of a query; all if not given.
+        chunked: cut the sequence into windows that do not overlap, instead of sliding one.
+        global_every: every how many-th layer has no window; none if not given.
+        global_positions: let those layers know the positions.
+        local_rope_theta: base in the layers with a window; rope_theta if not given.
+        latent: makes the attention latent (MLA).
+        activation: of the feed-forward, a name in :data:`tfm_ref.layers.ACTIVATIONS`.
+        gated: gate the feed-forward.
+        feed_forward_bias: add biases to its projections.
+        experts: makes the feed-forwards mixtures of experts.
+        dropout: probability with which a number is set to 0 in training: of the tokens before
+            the first block, and of what each sub-layer returns.
+        attention_dropout: the same for the weights of attention.
+
+    Raises:
+        ValueError: if a size is not an integer of at least 1, a name is unknown, or two choices
+            contradict each other; the message states the rule.
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need". For each other choice, the class that
+        makes it names its source.
+
+    Example:
+        GPT-2, by what it does unlike the paper of 2017.
+
+        >>> config = TransformerConfig(
+        ...     vocab_size=50257, d_model=768, n_layers=12, n_heads=12, d_ff=3072,
+        ...     positions="learned", max_seq_len=1024, scale_embeddings=False,
+        ...     norm_placement="pre", attention_bias=True, activation="gelu_tanh",
+        ... )
+        >>> config.new_block(0).attention
+        MultiHeadAttention(...)
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_ff: int | None = None
+    n_encoder_layers: int = 0
+    is_causal: bool = True
+    max_seq_len: int | None = None
+    # the entrance and the exit
+    n_segments: int = 0
+    scale_embeddings: bool = True
+    embedding_norm: bool = False
+    tied_embeddings: bool = True
+    head_transform: bool = False
+    head_bias: bool = False
+    scale_logits: bool = False
+    logit_softcap: float | None = None
+    pooler: bool = False
+    # positions
+    positions: str = "sinusoidal"
+    first_position: int = 0
+    sinusoid_halves: bool = False
+    rope_theta: float = 10_000.0
+    rope_dim: int | None = None
+    rope_interleaved: bool = False
+    rope_scaling: RopeScaling | None = None
+    t5_buckets: int = 32
+    t5_max_distance: int = 128
+    # the block
+    norm: str = "layer_norm"
+    norm_eps: float = 1e-5
+    norm_placement: str = "post"
+    parallel: bool = False
+    # attention
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool | str = False
+    qk_norm: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    sinks: bool = False
+    window: int | None = None
+    chunked: bool = False
+    global_every: int | None = None
+    global_positions: bool = True
+    local_rope_theta: float | None = None
+    latent: Latent | None = None
+    # the feed-forward
+    activation: str = "relu"
+    gated: bool = False
+    feed_forward_bias: bool = True
+    experts: Experts | None = None
+    # training
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for names, choice, wanted in RULES:
+            got = getattr(self, choice)
+            if got == wanted or (wanted is ... and got is not None):
+                continue
+            needs = f"{choice} to be given" if wanted is ... else f"{choice} = {wanted!r}"
+            for name in names:
+                value = getattr(self, name)
+                if value != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} = {value!r} needs {needs}; got {got!r}")
+        for name, known in {
+            "positions": POSITIONS,
+            "norm": NORMS,
+            "norm_placement": NORM_PLACEMENTS,
+            "activation": ACTIVATIONS,
+        }.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f'{name} must be one of {", ".join(known)}; got "{getattr(self, name)}"'
+                )
+        for name in "vocab_size", "n_layers":
+            check_size(name, getattr(self, name))
+        for name in "n_encoder_layers", "n_segments", "first_position":
+            check_size(name, getattr(self, name), least=0)
+        for name in "max_seq_len", "window", "global_every":
+            if getattr(self, name) is not None:
+                check_size(name, getattr(self, name))
+        if self.positions == "learned" and self.max_seq_len is None:
+            raise ValueError('positions = "learned" needs max_seq_len to be given; got None')
+        if self.logit_softcap is not None:
+            check_softcap(self.logit_softcap)
+        n_dense = self.n_layers if self.experts is None else self.experts.n_dense_layers
+        check_size("n_dense_layers", n_dense, least=0, most=self.n_layers)
+        if (self.d_ff is None) != (n_dense == 0):
+            raise ValueError(
+                "d_ff must be given if and only if some layer has a plain feed-forward; "
+                f"got d_ff {self.d_ff} and {n_dense} such layers"
+            )
+        check_dropout(self.dropout)
+        with torch.device("meta"):  # what a layer refuses is refused here
+            POSITIONS[self.positions](self)
+            for layer in {0, self.n_layers - 1}:
+                self.new_block(layer)
+
+    @property
+    def turned(self) -> int:
+        """Say how many numbers of a head RoPE turns."""
+        if self.latent is not None:
+            return self.latent.rope_head_dim
+        return self.rope_dim or self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def encoder(self) -> "TransformerConfig":
+        """Give the config of the encoder in an encoder-decoder."""
+        return replace(self, n_layers=self.n_encoder_layers, n_encoder_layers=0, is_causal=False)
+
+    def is_local(self, layer: int) -> bool:
+        """Say whether a layer has a window."""
+        if self.window is None:
+            return False
+        return self.global_every is None or (layer + 1) % self.global_every != 0
+
+    def new_norm(self, width: int) -> nn.Module:
+        """Make a norm."""
+        return NORMS[self.norm](width, eps=self.norm_eps)
+
+    def new_attention(self) -> nn.Module:
+        """Make an attention."""
+        shared = {
+            "d_model": self.d_model,
+            "n_heads": self.n_heads,
+            "head_dim": self.head_dim,
+            "bias": self.attention_bias,
+            "scale": self.attention_scale,
+            "dropout": self.attention_dropout,
+        }
+        if self.latent is not None:
+            return LatentAttention(**shared, **vars(self.latent))
+        return MultiHeadAttention(
+            **shared,
+            n_kv_heads=self.n_kv_heads,
+            qk_norm=self.new_norm if self.qk_norm else None,
+            softcap=self.attention_softcap,
+            sinks=self.sinks,
+        )
+
+    def new_feed_forward(self, layer: int) -> nn.Module:
+        """Make the feed-forward of a layer."""
+        shared = {
+            "d_model": self.d_model,
+            "activation": self.activation,
+            "gated": self.gated,
+            "bias": self.feed_forward_bias,
+        }
+        if self.experts is None or layer < self.experts.n_dense_layers:
+            return FeedForward(**shared, d_ff=self.d_ff, dropout=0.0)
+        settings = dict(vars(self.experts))
+        del settings["n_dense_layers"]
+        return MoELayer(**shared, **settings)
+
+    def new_block(self, layer: int) -> Block:
+        """Make a block."""
+        return Block(
+            attention=self.new_attention(),
+            feed_forward=self.new_feed_forward(layer),
+            cross_attention=self.new_attention() if self.n_encoder_layers else None,
+            norm=self.new_norm,
+            norm_placement=self.norm_placement,
+            parallel=self.parallel,
+            dropout=self.dropout,
+        )

@@ -1,0 +1,454 @@
+"""Whole models: encoder, decoder and encoder-decoder, each built as its config says."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor, nn
+
+from tfm_ref.config import POSITIONS, TransformerConfig
+from tfm_ref.layers import ACTIVATIONS
+from tfm_ref.masks import chunked_mask, sliding_window_mask
+from tfm_ref.validation import check_token_ids
+
+
+class Embedding(nn.Module):
+    """Look up a vector for each token, and for the part of the input in which it stands.
+
+    ``x = √d_model · tokens[t] + segments[s]``, the factor only with ``scale_embeddings``.
+
+    Args:
+        config: the choices.
+
+    Example:
+        >>> config = TransformerConfig(vocab_size=10, d_model=8, n_layers=1, n_heads=2, d_ff=16)
+        >>> Embedding(config)(torch.tensor([[3, 1, 4]])).shape
+        torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        c = config
+        self.scale = math.sqrt(c.d_model) if c.scale_embeddings else 1.0
+        self.tokens = nn.Embedding(c.vocab_size, c.d_model)
+        self.segments = nn.Embedding(c.n_segments, c.d_model) if c.n_segments else None
+        for table in self.children():
+            nn.init.normal_(table.weight, std=c.d_model**-0.5)
+
+    def forward(
+        self, tokens: Integer[Tensor, "b n"], segments: Integer[Tensor, "#b n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """Look the tokens up.
+
+        Args:
+            tokens: numbers of the tokens.
+            segments: number of the part in which each stands; all 0 if not given.
+
+        Raises:
+            ValueError: if tokens or segments are not int64 or int32 of shape (batch, length), are
+                empty, or are no numbers of the tables; or if there are segments without a table.
+        """
+        check_token_ids("tokens", tokens, self.tokens.num_embeddings)
+        x = self.scale * self.tokens(tokens)
+        if self.segments is None:
+            if segments is not None:
+                raise ValueError("segments need n_segments of at least 1; got 0")
+            return x
+        if segments is None:
+            segments = torch.zeros_like(tokens[:1])
+        check_token_ids("segments", segments, self.segments.num_embeddings)
+        return x + self.segments(segments)
+
+
+class Stack(nn.Module):
+    """Put blocks on one another, with positions at their entrance and a norm at their exit.
+
+    It is causal or not, and has cross-attention or not, as the config says: encoder and decoder
+    differ in nothing else.
+
+    Args:
+        config: the choices.
+
+    Example:
+        >>> config = TransformerConfig(vocab_size=10, d_model=8, n_layers=1, n_heads=2, d_ff=16)
+        >>> Stack(config)(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.positions = POSITIONS[c.positions](c)
+        self.local_positions = None
+        if c.local_rope_theta is not None:
+            local = replace(c, rope_theta=c.local_rope_theta, rope_scaling=None)
+            self.local_positions = POSITIONS["rope"](local)
+        self.embedding_norm = c.new_norm(c.d_model) if c.embedding_norm else None
+        self.blocks = nn.ModuleList(c.new_block(layer) for layer in range(c.n_layers))
+        self.norm = None if c.norm_placement == "post" else c.new_norm(c.d_model)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b m d"] | None = None,
+        *,
+        mask: Bool[Tensor, "#b #h #n #n"] | None = None,
+        positions: Integer[Tensor, "#b n"] | None = None,
+        context_mask: Bool[Tensor, "#b #h #n #m"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Pass the tokens through all blocks.
+
+        Args:
+            x: embedded tokens.
+            context: what the cross-attention reads, and only it.
+            mask: True = may attend; joined by AND with causality and windows.
+            positions: position of each token; 0, 1, 2, ... if not given. After padding on the
+                left, they begin where the tokens do.
+            context_mask: of the cross-attention; True = may attend.
+
+        Returns:
+            The changed tokens, shaped like x.
+
+        Raises:
+            ValueError: as :meth:`tfm_ref.layers.Block.forward`, or if the positions do not fit.
+        """
+        for state in self.states(
+            x, context, mask=mask, positions=positions, context_mask=context_mask
+        ):
+            x = state
+        return x
+
+    def states(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b m d"] | None = None,
+        *,
+        mask: Bool[Tensor, "#b #h #n #n"] | None = None,
+        positions: Integer[Tensor, "#b n"] | None = None,
+        context_mask: Bool[Tensor, "#b #h #n #m"] | None = None,
+    ) -> Iterator[Float[Tensor, "b n d"]]:
+        """Yield the tokens before the first block and after each; arguments as of ``forward``.
+
+        What the last block gives is yielded after the norm at the exit, where there is one.
+        """
+        c = self.config
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+        positions = positions + c.first_position
+        x = self.positions.embed(x, positions)
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
+        x = F.dropout(x, c.dropout, self.training)
+        yield x
+        terms = {
+            is_local: self._terms(x, is_local, mask, positions)
+            for is_local in {c.is_local(layer) for layer in range(c.n_layers)}
+        }
+        for layer, block in enumerate(self.blocks):
+            x = block(x, context, context_mask=context_mask, **terms[c.is_local(layer)])
+            if layer == c.n_layers - 1 and self.norm is not None:
+                x = self.norm(x)
+            yield x
+
+    def _terms(self, x: Tensor, is_local: bool, mask: Tensor | None, positions: Tensor) -> dict:
+        """Give what all layers of a kind, with window or without, tell their attention."""
+        c = self.config
+        terms = {"mask": mask, "is_causal": c.is_causal}
+        if is_local:
+            see = chunked_mask if c.chunked else sliding_window_mask
+            window = see(x.shape[1], window=c.window, device=x.device)
+            terms["mask"] = window if mask is None else mask & window
+        elif not c.global_positions:
+            return terms
+        scheme = self.local_positions if is_local and self.local_positions else self.positions
+        bias = scheme.bias(positions, positions)
+        terms["bias"] = None if bias is None else bias.to(x.dtype)
+        terms["rotation"] = scheme.rotation(positions)
+        return terms
+
+
+class Head(nn.Module):
+    """Score every token of the vocabulary as the next, or the missing, one.
+
+    ``logits = x W``, with a projection, an activation and a norm before it if the config says
+    ``head_transform``.
+
+    Args:
+        config: the choices.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.transform = nn.Linear(c.d_model, c.d_model) if c.head_transform else None
+        self.norm = c.new_norm(c.d_model) if c.head_transform else None
+        self.proj = nn.Linear(c.d_model, c.vocab_size, bias=c.head_bias)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n w"]:
+        """Give the logits."""
+        c = self.config
+        if self.transform is not None:
+            x = self.norm(ACTIVATIONS[c.activation](self.transform(x)))
+        logits = self.proj(x / math.sqrt(c.d_model) if c.scale_logits else x)
+        if c.logit_softcap is not None:
+            logits = c.logit_softcap * (logits / c.logit_softcap).tanh()
+        return logits
+
+
+class LanguageModel(nn.Module):
+    """Put one stack between an embedding and a head; :class:`Encoder` and :class:`DecoderLM`.
+
+    Args:
+        config: the choices.
+
+    Raises:
+        ValueError: if the config describes another kind of model.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        if config.n_encoder_layers:
+            raise ValueError(
+                f"{type(self).__name__} has one stack; got n_encoder_layers = "
+                f"{config.n_encoder_layers}: use EncoderDecoder"
+            )
+        self.config = config
+        self.embedding = Embedding(config)
+        self.stack = Stack(config)
+        self.head = Head(config)
+        self.tie()
+
+    def tie(self) -> None:
+        """Let the head share its matrix with the embedding, if the config says so."""
+        if self.config.tied_embeddings:
+            self.head.proj.weight = self.embedding.tokens.weight
+
+    def forward(
+        self,
+        tokens: Integer[Tensor, "b n"],
+        *,
+        segments: Integer[Tensor, "#b n"] | None = None,
+        mask: Bool[Tensor, "#b #h #n #n"] | None = None,
+        positions: Integer[Tensor, "#b n"] | None = None,
+    ) -> Float[Tensor, "b n w"]:
+        """Give a logit for every token of the vocabulary, at every position.
+
+        Args:
+            tokens: numbers of the tokens.
+            segments: number of the part in which each token stands.
+            mask: True = may attend; see :mod:`tfm_ref.masks`.
+            positions: position of each token; 0, 1, 2, ... if not given.
+
+        Raises:
+            ValueError: if tokens, segments, mask or positions do not fit.
+        """
+        return self.head(self.encode(tokens, segments=segments, mask=mask, positions=positions))
+
+    def encode(self, tokens: Integer[Tensor, "b n"], **terms) -> Float[Tensor, "b n d"]:
+        """Give a vector for every token, as it reaches the head; arguments as of ``forward``."""
+        return self.stack(self.embedding(tokens, terms.pop("segments", None)), **terms)
+
+    def hidden_states(
+        self, tokens: Integer[Tensor, "b n"], **terms
+    ) -> list[Float[Tensor, "b n d"]]:
+        """Give the vectors before the first block and after each; arguments as of ``forward``."""
+        x = self.embedding(tokens, terms.pop("segments", None))
+        return list(self.stack.states(x, **terms))
+
+
+class Encoder(LanguageModel):
+    """Read a whole sequence at once: every token sees every other.
+
+    With ``mask=prefix_mask(...)`` it is a prefix language model.
+
+    Args:
+        config: the choices, with ``is_causal=False``.
+
+    Raises:
+        ValueError: if the config is causal, or has an encoder beside it.
+
+    Reference:
+        Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers for Language
+        Understanding".
+
+    Example:
+        >>> config = TransformerConfig(
+        ...     vocab_size=10, d_model=8, n_layers=1, n_heads=2, d_ff=16, is_causal=False
+        ... )
+        >>> Encoder(config)(torch.tensor([[3, 1, 4]])).shape
+        torch.Size([1, 3, 10])
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        if config.is_causal:
+            raise ValueError("an Encoder needs is_causal = False; got True: use DecoderLM")
+        super().__init__(config)
+        self.pooler = nn.Linear(config.d_model, config.d_model) if config.pooler else None
+
+    def pool(self, tokens: Integer[Tensor, "b n"], **terms) -> Float[Tensor, "b d"]:
+        """Give one vector per sequence: the first token's; arguments as of ``forward``.
+
+        ``tanh(x_0 W)`` with a pooler, else x_0.
+        """
+        first = self.encode(tokens, **terms)[:, 0]
+        return first if self.pooler is None else self.pooler(first).tanh()
+
+
+class DecoderLM(LanguageModel):
+    """Continue a sequence: every token sees only what stands before it.
+
+    Args:
+        config: the choices, with ``is_causal=True`` and without an encoder.
+
+    Raises:
+        ValueError: if the config is not causal, or has an encoder beside it.
+
+    Reference:
+        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2).
+
+    Example:
+        >>> config = TransformerConfig(vocab_size=10, d_model=8, n_layers=1, n_heads=2, d_ff=16)
+        >>> model, tokens = DecoderLM(config), torch.tensor([[3, 1, 4]])
+        >>> torch.allclose(model(tokens)[:, :2], model(tokens[:, :2]), atol=1e-6)
+        True
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        if not config.is_causal:
+            raise ValueError("a DecoderLM needs is_causal = True; got False: use Encoder")
+        super().__init__(config)
+
+
+class EncoderDecoder(nn.Module):
+    """Read one sequence and write another: a decoder that also looks at an encoder's vectors.
+
+    Both share one embedding.
+
+    Args:
+        config: the choices, with ``n_encoder_layers`` of at least 1.
+
+    Raises:
+        ValueError: if the config has no encoder.
+
+    Reference:
+        Vaswani et al. 2017, "Attention Is All You Need", section 3.1.
+
+    Example:
+        >>> config = TransformerConfig(
+        ...     vocab_size=10, d_model=8, n_layers=1, n_heads=2, d_ff=16, n_encoder_layers=1
+        ... )
+        >>> model = EncoderDecoder(config)
+        >>> model(torch.tensor([[3, 1, 4]]), torch.tensor([[1, 5]])).shape
+        torch.Size([1, 2, 10])
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        if not config.n_encoder_layers:
+            raise ValueError("an EncoderDecoder needs n_encoder_layers of at least 1; got 0")
+        self.config = config
+        self.embedding = Embedding(config)
+        self.encoder = Stack(config.encoder)
+        self.decoder = Stack(config)
+        self.head = Head(config)
+        self.tie()
+
+    tie = LanguageModel.tie
+
+    def forward(
+        self,
+        source: Integer[Tensor, "b m"],
+        target: Integer[Tensor, "b n"],
+        *,
+        source_mask: Bool[Tensor, "#b #h 1 #m"] | None = None,
+        target_mask: Bool[Tensor, "#b #h #n #n"] | None = None,
+        source_positions: Integer[Tensor, "#b m"] | None = None,
+        target_positions: Integer[Tensor, "#b n"] | None = None,
+    ) -> Float[Tensor, "b n w"]:
+        """Give a logit for every token of the vocabulary, at every position of the target.
+
+        Args:
+            source: numbers of the tokens to read.
+            target: numbers of the tokens written so far.
+            source_mask: which tokens of the source may be seen, by both stacks: its padding.
+            target_mask: True = may attend; joined with causality by AND.
+            source_positions: position of each token of the source; 0, 1, 2, ... if not given.
+            target_positions: position of each token of the target; 0, 1, 2, ... if not given.
+
+        Raises:
+            ValueError: if tokens, masks or positions do not fit.
+        """
+        return self.decode(
+            target,
+            self.encode(source, mask=source_mask, positions=source_positions),
+            mask=target_mask,
+            positions=target_positions,
+            context_mask=source_mask,
+        )
+
+    def encode(self, source: Integer[Tensor, "b m"], **terms) -> Float[Tensor, "b m d"]:
+        """Give a vector for every token of the source; terms as of :meth:`Stack.forward`."""
+        return self.encoder(self.embedding(source), **terms)
+
+    def decode(
+        self, target: Integer[Tensor, "b n"], context: Float[Tensor, "b m d"], **terms
+    ) -> Float[Tensor, "b n w"]:
+        """Give the logits, from the encoder's vectors; terms as of :meth:`Stack.forward`."""
+        return self.head(self.decoder(self.embedding(target), context, **terms))
+
+
+def build(config: TransformerConfig) -> Encoder | DecoderLM | EncoderDecoder:
+    """Build the model that a config describes.
+
+    Example:
+        >>> config = TransformerConfig(vocab_size=10, d_model=8, n_layers=1, n_heads=2, d_ff=16)
+        >>> type(build(config)).__name__
+        'DecoderLM'
+    """
+    if config.n_encoder_layers:
+        return EncoderDecoder(config)
+    return DecoderLM(config) if config.is_causal else Encoder(config)
+
+
+def attention_maps(
+    model: nn.Module, *args: object, **terms: object
+) -> dict[str, Float[Tensor, "b h n m"]]:
+    """Run a model, and give the weights of every attention in it.
+
+    Each attention is asked with the very arguments that it got in the run: masks, windows,
+    positions and context are those of its layer.
+
+    Args:
+        model: any module with attentions of this package inside.
+        args: what the model is called with.
+        terms: what the model is called with, by name.
+
+    Returns:
+        Weights by the name of the module, in the order of the run.
+
+    Example:
+        >>> config = TransformerConfig(vocab_size=10, d_model=8, n_layers=2, n_heads=2, d_ff=16)
+        >>> maps = attention_maps(DecoderLM(config), torch.tensor([[3, 1, 4]]))
+        >>> list(maps)
+        ['stack.blocks.0.attention', 'stack.blocks.1.attention']
+        >>> maps["stack.blocks.1.attention"][0, 0].triu(1).any()
+        tensor(False)
+    """
+    maps = {}
+
+    def record(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            maps[name] = module.attention_weights(*args, **kwargs)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if hasattr(module, "attention_weights"):
+                handle = module.register_forward_pre_hook(record(name), with_kwargs=True)
+                hooks.callback(handle.remove)
+        model(*args, **terms)
+    return maps
