@@ -160,6 +160,11 @@ class MultiHeadAttention(nn.Module):
         self.v_proj = nn.Linear(d_model, self.n_kv_heads * self.v_head_dim, bias="v" in biased)
         self.o_proj = nn.Linear(n_heads * self.v_head_dim, d_model, bias="o" in biased)
 
+    @property
+    def cache_width(self) -> int:
+        """Count the numbers that a cache keeps of each token: its keys and its values."""
+        return self.n_kv_heads * (self.head_dim + self.v_head_dim)
+
     def forward(
         self,
         x: Float[Tensor, "b n d"],
