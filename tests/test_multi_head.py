@@ -247,6 +247,13 @@ def test_its_settings_can_be_read():
     assert (*sizes, attention.v_head_dim) == (8, 4, 2, 2, 2)
 
 
+@pytest.mark.parametrize("settings", [{}, {"n_kv_heads": 2}, {"head_dim": 5, "v_head_dim": 3}])
+def test_cache_width_counts_keys_and_values(settings):
+    attention = MultiHeadAttention(d_model=8, n_heads=4, **settings)
+    made = attention.k_proj(draw(1, 8)), attention.v_proj(draw(1, 8))
+    assert attention.cache_width == sum(t.numel() for t in made)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(backend, device):
     """Under autocast it computes in bfloat16, near to what float32 gives, with mask and bias."""

@@ -3,6 +3,7 @@
 from tfm_ref.attention import SelfAttention, attention_weights, scaled_dot_product_attention
 from tfm_ref.claims import attempt, check, refute
 from tfm_ref.data import corpus
+from tfm_ref.latent import LatentAttention
 from tfm_ref.layers import Block, FeedForward, RMSNorm
 from tfm_ref.masks import causal_mask, padding_mask, prefix_mask, sliding_window_mask
 from tfm_ref.multi_head import MultiHeadAttention, fused_attention
@@ -31,6 +32,7 @@ __all__ = [
     "BPETokenizer",
     "Block",
     "FeedForward",
+    "LatentAttention",
     "LearnedPositions",
     "LinearScaling",
     "Llama3Scaling",

@@ -196,6 +196,11 @@ class MultiHeadAttention(nn.Module):
         self.k_norm = None if qk_norm is None else qk_norm(self.head_dim)
         self.sinks = nn.Parameter(torch.zeros(n_heads)) if sinks else None
 
+    @property
+    def cache_width(self) -> int:
+        """Count the numbers that a cache keeps of each token: its keys and its values."""
+        return self.n_kv_heads * (self.head_dim + self.v_head_dim)
+
     def forward(
         self,
         x: Float[Tensor, "b n d"],

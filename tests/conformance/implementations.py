@@ -15,7 +15,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 D_MODEL = 6
-MODULES = ("validation", "masks", "attention", "multi_head", "positions", "rotary")
+MODULES = (
+    "validation",
+    "masks",
+    "attention",
+    "multi_head",
+    "positions",
+    "rotary",
+    "layers",
+    "latent",
+)
 """The modules of tfm_ref under test, each after those that it imports."""
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -90,6 +99,53 @@ def same_projections(model: nn.Module, a: "Implementation") -> nn.Module:
     """Put the naive equation between the model's own projections."""
     projections = {name: getattr(model, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     return Projected(naive, naive_weights, a.n_heads, a.n_kv_heads or a.n_heads, **projections)
+
+
+class PlainLatent(nn.Module):
+    """MLA literally, with a matrix for each letter of the report, and a head after the other."""
+
+    def __init__(self, model: nn.Module, a: "Implementation"):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, context=None, *, rotation=None, **terms) -> Tensor:
+        q, k, v = self._heads(x, context, rotation)
+        return self.model.o_proj(torch.cat(naive(q, k, v, **terms).unbind(1), -1))
+
+    def attention_weights(self, x, context=None, *, rotation=None, **terms) -> Tensor:
+        return naive_weights(*self._heads(x, context, rotation)[:2], **terms)
+
+    def _heads(self, x: Tensor, context: Tensor | None, rotation: Callable | None) -> list[Tensor]:
+        model, turn = self.model, rotation or (lambda t: t)
+        context, content = x if context is None else context, model.head_dim
+        rows = slice(model.kv_lora_rank), slice(model.kv_lora_rank, None)
+        latent, k_rope = (plain_linear(model.kv_a_proj, context, part) for part in rows)
+        latent, k_rope = plain_norm(model.kv_a_norm, latent), turn(k_rope[:, None])
+        if model.q_lora_rank is None:
+            asked, queries = x, model.q_proj
+        else:
+            asked = plain_norm(model.q_a_norm, plain_linear(model.q_a_proj, x, slice(None)))
+            queries = model.q_b_proj
+        heads = []
+        for i in range(model.n_heads):
+            q, kv = i * (content + model.rope_head_dim), i * (content + model.v_head_dim)
+            q_rows = slice(q, q + content), slice(q + content, q + content + model.rope_head_dim)
+            kv_rows = slice(kv, kv + content), slice(kv + content, kv + content + model.v_head_dim)
+            q, q_rope = (plain_linear(queries, asked, part)[:, None] for part in q_rows)
+            k, v = (plain_linear(model.kv_b_proj, latent, part)[:, None] for part in kv_rows)
+            heads.append((torch.cat([q, turn(q_rope)], -1), torch.cat([k, k_rope], -1), v))
+        return [torch.cat(t, 1) for t in zip(*heads, strict=True)]
+
+
+def plain_linear(projection: nn.Linear, x: Tensor, rows: slice) -> Tensor:
+    """Multiply by a part of a matrix."""
+    bias = 0 if projection.bias is None else projection.bias[rows]
+    return x @ projection.weight[rows].T + bias
+
+
+def plain_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """RMSNorm literally."""
+    return norm.weight * x / ((x * x).mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
 class Positioned(nn.Module):
@@ -256,16 +312,24 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
             decode=by_context,
         )
 
-    def placed(scheme: Callable, plainly: Callable, **settings) -> Implementation:
+    def latent(name: str, n_heads: int, **settings) -> Implementation:
+        sizes = {"head_dim": 3, "rope_head_dim": 4, "v_head_dim": 5, "kv_lora_rank": 4, **settings}
+        return replace(
+            heads(name, n_heads),
+            name=f"LatentAttention({name})",
+            build=lambda: package.latent.LatentAttention(d_model=D_MODEL, n_heads=n_heads, **sizes),
+            equation=PlainLatent,
+        )
+
+    def placed(scheme: Callable, plainly: Callable, inner: Implementation) -> Implementation:
         """Put a scheme around several heads, and its formula around the equation."""
-        inner = heads("", 4, **settings)
 
         def equation(model: nn.Module, a: Implementation) -> nn.Module:
-            return Positioned(same_projections(model.attention, a), plainly(model.scheme))
+            return Positioned(inner.equation(model.attention, a), plainly(model.scheme))
 
         return replace(
             inner,
-            name=f"MultiHeadAttention({scheme.func.__name__})",
+            name=inner.name.replace("(", f"({scheme.func.__name__}, ").replace(", )", ")"),
             build=lambda: Positioned(inner.build(), scheme()),
             lacks=inner.lacks | {"unordered", "bias"},
             equation=equation,
@@ -303,7 +367,22 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
                 heads(f"{backend}, MQA, qkv bias", 2, n_kv_heads=1, bias="qkv", backend=backend),
             )
         ],
-        placed(rotary, lambda scheme: PlainRotary(), n_kv_heads=2, head_dim=4),
-        placed(alibi, partial(PlainBias, number=of_alibi), head_dim=3),
-        placed(t5, partial(PlainBias, number=of_t5), head_dim=3, backend="naive"),
+        placed(rotary, lambda scheme: PlainRotary(), heads("", 4, n_kv_heads=2, head_dim=4)),
+        placed(alibi, partial(PlainBias, number=of_alibi), heads("", 4, head_dim=3)),
+        placed(t5, partial(PlainBias, number=of_t5), heads("", 4, head_dim=3, backend="naive")),
+        *[
+            implementation
+            for backend in multi_head.BACKENDS
+            for implementation in (
+                latent(f"{backend}, bias", 2, q_lora_rank=5, bias=True, backend=backend),
+                *[
+                    placed(
+                        rotary,
+                        lambda scheme: PlainRotary(),
+                        latent(f"{backend}, {name}", 3, q_lora_rank=q_lora_rank, backend=backend),
+                    )
+                    for name, q_lora_rank in (("q_proj", None), ("q_lora_rank", 5))
+                ],
+            )
+        ],
     ]

@@ -37,6 +37,7 @@ CHECK = "check_mask(mask, scores)\n    if"
 KV = "self.k_proj(x), self.v_proj(x)"
 JOINED = "b h n v -> b n (h v)"
 SPLIT = "b n (h k) -> b h n k"
+HEADS = "(self.n_heads, sum(widths))).transpose(1, 2)"
 ADDED = "allowed if bias is None else bias.masked_fill(~allowed, -torch.inf)"
 
 MUTANTS = [
@@ -51,6 +52,10 @@ MUTANTS = [
         ("heads joined with a stride", "equation", JOINED, JOINED.replace("(h v)", "(v h)")),
         ("only queries turned", "equation", "rotation(q), rotation(k)", "rotation(q), k"),
         ("values turned, too", "equation", "rotation(k), v)", "rotation(k), rotation(v))"),
+        ("the latent not normalised", "equation", "self.kv_a_norm(latent)", "latent"),
+        ("the shared key not turned", "equation", "rotation(k_rope)", "k_rope"),
+        ("scaled as if nothing turned", "equation", "self.scale}", "self.head_dim**-0.5}"),
+        ("latent heads with a stride", "equation", HEADS, "(-1, self.n_heads)).movedim(-1, 1)"),
         ("pairings mixed", "equation", "interleaved: bool = False", "interleaved: bool = True"),
         ("one query takes the first angle", "chunks", "[:, None, -t.", "[:, None, : t."),
         ("slopes of a geometric row", "equation", "2.0 ** (-8 *", "2.0 ** (-4 *"),

@@ -1,0 +1,209 @@
+"""Multi-head latent attention: the keys and values of all heads, from a few numbers per token."""
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tfm_ref.attention import attention_weights
+from tfm_ref.layers import RMSNorm
+from tfm_ref.multi_head import BACKENDS
+from tfm_ref.validation import check_dropout, check_size, check_tokens
+
+
+class LatentAttention(nn.Module):
+    """Let every head make its keys and values from one latent, a few numbers per token (MLA).
+
+    ``l = norm(c W_DKV)``, ``key_i = [l W_UK[i], rotate(c W_KR)]``, ``value_i = l W_UV[i]``,
+    ``query_i = [u W_UQ[i], rotate(u W_QR[i])]`` with ``u = norm(x W_DQ)`` or, without q_lora_rank,
+    ``u = x``; ``output = [head_1, ..., head_h] W_O``. The context c is x itself in self-attention.
+
+    All heads share the part of the key that turns, ``rotate(c W_KR)``. So a cache holds
+    kv_lora_rank + rope_head_dim numbers per token, whatever n_heads is: l and that part.
+
+    Args:
+        d_model: width of the tokens.
+        n_heads: number of heads.
+        head_dim: width of that part of one query and one key which does not turn.
+        rope_head_dim: width of the part that turns.
+        v_head_dim: width of one value.
+        kv_lora_rank: width of the latent of keys and values.
+        q_lora_rank: width of the latent of queries; queries come straight from x if not given.
+        bias: add a bias to the projections from d_model to a latent, and to that of the output.
+        scale: factor of the dot products; 1/√(head_dim + rope_head_dim) if not given.
+        norm_eps: eps of the norms of the latents.
+        dropout: probability with which a weight is set to 0 in training.
+        backend: how to compute, "sdpa" (PyTorch's fused kernels) or "naive" (as it is written in
+            the equation); the result is the same.
+
+    Raises:
+        ValueError: if a size is not an integer of at least 1, norm_eps is negative, dropout does
+            not lie in 0 ≤ dropout < 1, or the backend is unknown.
+
+    Reference:
+        DeepSeek-AI 2024, "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts
+        Language Model", sections 2.1.2 and 2.1.3, equations (9) to (19); "DeepSeek-V3 Technical
+        Report", section 2.1.1. The norms are those of V2's section 3.1.2, without the further
+        factors named there, which the public models lack. Weights are split as in those models:
+        kv_a_proj makes [c W_DKV, c W_KR]; q_b_proj (or q_proj) and kv_b_proj make, head after
+        head, the query and [l W_UK[i], l W_UV[i]]. With YaRN, and ``m(a) = 0.1 a ln(factor) + 1``,
+        those models multiply the turned part of the scores by m(mscale)² and the other by
+        m(mscale_all_dim)². Here that is
+        ``YaRNScaling(..., temperature=m(mscale) / m(mscale_all_dim))``, so 1.0 where the two are
+        equal, and ``scale=m(mscale_all_dim)**2 / √(head_dim + rope_head_dim)``.
+
+    Example:
+        >>> sizes = dict(head_dim=128, rope_head_dim=64, v_head_dim=128, kv_lora_rank=512)
+        >>> attention = LatentAttention(d_model=256, n_heads=4, **sizes)
+        >>> attention(torch.randn(2, 50, 256)).shape, attention.cache_width
+        (torch.Size([2, 50, 256]), 576)
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        head_dim: int,
+        rope_head_dim: int,
+        v_head_dim: int,
+        kv_lora_rank: int,
+        q_lora_rank: int | None = None,
+        bias: bool = False,
+        scale: float | None = None,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        backend: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        self.d_model, self.n_heads = d_model, n_heads
+        self.head_dim, self.rope_head_dim, self.v_head_dim = head_dim, rope_head_dim, v_head_dim
+        self.kv_lora_rank, self.q_lora_rank = kv_lora_rank, q_lora_rank
+        for name in "d_model", "n_heads", "head_dim", "rope_head_dim", "v_head_dim", "kv_lora_rank":
+            check_size(name, getattr(self, name))
+        if q_lora_rank is not None:
+            check_size("q_lora_rank", q_lora_rank)
+        check_dropout(dropout)
+        if backend not in BACKENDS:
+            raise ValueError(f'backend must be one of {", ".join(BACKENDS)}; got "{backend}"')
+        self.scale, self.dropout, self.backend = scale, dropout, backend
+
+        q_width, kv_width = n_heads * (head_dim + rope_head_dim), n_heads * (head_dim + v_head_dim)
+        if q_lora_rank is None:
+            self.q_proj = nn.Linear(d_model, q_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(d_model, q_lora_rank, bias=bias)
+            self.q_a_norm = RMSNorm(q_lora_rank, norm_eps)
+            self.q_b_proj = nn.Linear(q_lora_rank, q_width, bias=False)
+        self.kv_a_proj = nn.Linear(d_model, kv_lora_rank + rope_head_dim, bias=bias)
+        self.kv_a_norm = RMSNorm(kv_lora_rank, norm_eps)
+        self.kv_b_proj = nn.Linear(kv_lora_rank, kv_width, bias=False)
+        self.o_proj = nn.Linear(n_heads * v_head_dim, d_model, bias=bias)
+
+    @property
+    def cache_width(self) -> int:
+        """Count the numbers that a cache keeps of each token: its latent and its turned part."""
+        return self.kv_lora_rank + self.rope_head_dim
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b m d"] | None = None,
+        *,
+        mask: Bool[Tensor, "#b #h #n #m"] | None = None,
+        is_causal: bool = False,
+        bias: Float[Tensor, "#b #h #n #m"] | None = None,
+        rotation: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Mix into each token of x what its heads find in the context.
+
+        Args:
+            x: tokens that ask.
+            context: tokens that answer, for cross-attention; x if not given.
+            mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
+            is_causal: let a token see no later one; aligned at the bottom right. Joined with
+                ``mask`` by AND.
+            bias: finite numbers added to the scaled scores; each axis of size 1 or full.
+            rotation: turns the rope_head_dim numbers of queries and keys by their positions, as
+                ``RotaryPositions(head_dim=rope_head_dim, interleaved=True).rotation`` makes it
+                for those of the context; the tokens of x are the last of them.
+
+        Returns:
+            The mixed tokens, shaped like x.
+
+        Raises:
+            ValueError: if x or context has not the shape (batch, length, d_model), is empty, or
+                has not the device or (autocast apart) the dtype of the layer, if their batches
+                differ, or if mask, bias or rotation does not fit.
+
+        Example:
+            >>> from tfm_ref import RotaryPositions
+            >>> sizes = dict(head_dim=4, rope_head_dim=2, v_head_dim=4, kv_lora_rank=3)
+            >>> turn = RotaryPositions(head_dim=2, interleaved=True).rotation(torch.arange(5)[None])
+            >>> x, attention = torch.randn(1, 5, 8), LatentAttention(d_model=8, n_heads=2, **sizes)
+            >>> newest = attention(x[:, 4:], x, rotation=turn)
+            >>> torch.allclose(newest, attention(x, rotation=turn)[:, 4:], atol=1e-6)
+            True
+        """
+        q, k, v = self._project(x, context, rotation)
+        terms = {"mask": mask, "is_causal": is_causal, "bias": bias, "scale": self.scale}
+        y = BACKENDS[self.backend](q, k, v, dropout=self.dropout if self.training else 0.0, **terms)
+        return self.o_proj(rearrange(y, "b h n v -> b n (h v)"))
+
+    def attention_weights(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b m d"] | None = None,
+        *,
+        mask: Bool[Tensor, "#b #h #n #m"] | None = None,
+        is_causal: bool = False,
+        bias: Float[Tensor, "#b #h #n #m"] | None = None,
+        rotation: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "b h n m"]:
+        """Show the weights that :meth:`forward` uses, before dropout; its arguments are the same.
+
+        Returns:
+            Weights of shape (batch, n_heads, len_q, len_k), as
+            :func:`tfm_ref.attention.attention_weights` gives.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        q, k, _ = self._project(x, context, rotation)
+        terms = {"mask": mask, "is_causal": is_causal, "bias": bias, "scale": self.scale}
+        return attention_weights(q, k, **terms)
+
+    def _project(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b m d"] | None,
+        rotation: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b h m k"], Float[Tensor, "b h m v"]]:
+        """Make each head's queries, keys and values; k counts both parts of a query or key."""
+        check_tokens("x", x, self.kv_a_proj.weight)
+        if context is None:
+            context = x
+        else:
+            check_tokens("context", context, self.kv_a_proj.weight)
+        if self.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+        latent, k_rope = self.kv_a_proj(context).split([self.kv_lora_rank, self.rope_head_dim], -1)
+        kv, k_rope = self.kv_b_proj(self.kv_a_norm(latent)), k_rope[:, None]
+        q, q_rope = self._heads(q, self.head_dim, self.rope_head_dim)
+        k, v = self._heads(kv, self.head_dim, self.v_head_dim)
+        if rotation is not None:
+            q_rope, k_rope = rotation(q_rope), rotation(k_rope)
+        k_rope = repeat(k_rope, "b 1 m k -> b h m k", h=self.n_heads)
+        return torch.cat([q, q_rope], -1), torch.cat([k, k_rope], -1), v
+
+    def _heads(self, t: Tensor, *widths: int) -> tuple[Tensor, Tensor]:
+        """Give each head its numbers, in two parts of these widths."""
+        return t.unflatten(-1, (self.n_heads, sum(widths))).transpose(1, 2).split(widths, -1)
+
+    def extra_repr(self) -> str:
+        """Name what the shapes of the projections do not show."""
+        return f"n_heads={self.n_heads}, scale={self.scale}, backend={self.backend!r}"
