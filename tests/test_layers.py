@@ -112,15 +112,16 @@ def test_rms_norm_is_layer_norm_of_centred_tokens(d, seed, scale):
         ("gelu", lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2),
         ("gelu_tanh", lambda x: x * (1 + math.tanh(0.79788456 * (x + 0.044715 * x**3))) / 2),
         ("silu", lambda x: x / (1 + math.exp(-x))),
+        ("swiglu_clamped", lambda x: min(x, 7) / (1 + math.exp(-1.702 * min(x, 7)))),
     ],
 )
 def test_activations_by_formula(name, formula):
-    x = torch.linspace(-4, 4, 33)
+    x = torch.linspace(-9, 9, 37)
     assert_close(ACTIVATIONS[name](x), torch.tensor([formula(v) for v in x.tolist()]))
 
 
 def test_every_activation_is_tested_and_documented():
-    assert set(ACTIVATIONS) == {"relu", "gelu", "gelu_tanh", "silu"}
+    assert set(ACTIVATIONS) == {"relu", "gelu", "gelu_tanh", "silu", "swiglu_clamped"}
     assert all(f'"{name}"' in FeedForward.__doc__ for name in ACTIVATIONS)
 
 
@@ -148,6 +149,18 @@ def test_gated_feed_forward_equals_llama(activation, act, bias, device):
     theirs.load_state_dict(ours.state_dict())
     x = draw(B, N, D, seed=9).double().to(device)
     assert_close(values_and_gradients(ours, ours, x), values_and_gradients(theirs, theirs, x))
+
+
+def test_clamped_swiglu_written_out():
+    """What is multiplied by the gate is held between -7 and 7, and then 1 more."""
+    settings = {"activation": "swiglu_clamped", "gated": True}
+    feed_forward = redraw(FeedForward(d_model=D, d_ff=FF, **settings))
+    x = 5 * draw(B, N, D, seed=9)
+    gate, up = feed_forward.gate_proj(x), feed_forward.up_proj(x)
+    assert min(up.max(), -up.min(), gate.max()) > 7
+    expected = ACTIVATIONS["swiglu_clamped"](gate) * (up.clamp(-7, 7) + 1)
+    assert_close(feed_forward.hidden(x), expected)
+    assert_close(feed_forward(x), feed_forward.down_proj(expected))
 
 
 @pytest.mark.parametrize(
@@ -487,7 +500,7 @@ def test_rms_norm_refuses_another_dtype():
         ({"dropout": 1.0}, "dropout must lie in 0 <= dropout < 1; got 1.0"),
         (
             {"activation": "swiglu"},
-            'activation must be one of relu, gelu, gelu_tanh, silu; got "swiglu"',
+            'activation must be one of relu, gelu, gelu_tanh, silu, swiglu_clamped; got "swiglu"',
         ),
     ],
 )

@@ -6,6 +6,7 @@ from tfm_ref.data import corpus
 from tfm_ref.latent import LatentAttention
 from tfm_ref.layers import Block, FeedForward, RMSNorm
 from tfm_ref.masks import causal_mask, padding_mask, prefix_mask, sliding_window_mask
+from tfm_ref.moe import MoELayer, Router, Routing
 from tfm_ref.multi_head import MultiHeadAttention, fused_attention
 from tfm_ref.positions import (
     ALiBi,
@@ -36,11 +37,14 @@ __all__ = [
     "LearnedPositions",
     "LinearScaling",
     "Llama3Scaling",
+    "MoELayer",
     "MultiHeadAttention",
     "NTKScaling",
     "PositionScheme",
     "RMSNorm",
     "RotaryPositions",
+    "Router",
+    "Routing",
     "SelfAttention",
     "SinusoidalPositions",
     "T5Bias",

@@ -10,13 +10,52 @@ from torch import Tensor, nn
 
 from tfm_ref.validation import check_dropout, check_same_kind, check_size, check_tokens
 
+
+def _clamped_swish(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Bound x from above by 7, then multiply it by its sigmoid, made 1.702 times as steep."""
+    x = x.clamp(max=7)
+    return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
+    "swiglu_clamped": _clamped_swish,
 }
 """The functions between the projections of a feed-forward, by name."""
+
+
+def activate(
+    activation: str, up: Float[Tensor, "... f"], gate: Float[Tensor, "... f"] | None = None
+) -> Float[Tensor, "... f"]:
+    """Make what lies between the projections of a feed-forward.
+
+    ``act(up)``, or gated: ``act(gate) * up``.
+
+    Args:
+        activation: a name in :data:`ACTIVATIONS`. With "swiglu_clamped" the gate multiplies
+            ``up + 1``, where up is held between -7 and 7.
+        up: what the projection W_up gives.
+        gate: what the projection W_gate gives, where there is one.
+
+    Returns:
+        The numbers for W_down, shaped like up.
+
+    Reference:
+        Shazeer 2020, "GLU Variants Improve Transformer", equation (5). "swiglu_clamped":
+        ``swiglu`` in ``gpt_oss/torch/model.py`` of openai/gpt-oss.
+
+    Example:
+        >>> activate("relu", torch.tensor([3.0, 3.0]), torch.tensor([2.0, -2.0]))
+        tensor([6., 0.])
+    """
+    if gate is None:
+        return ACTIVATIONS[activation](up)
+    if activation == "swiglu_clamped":
+        up = up.clamp(-7, 7) + 1
+    return ACTIVATIONS[activation](gate) * up
 
 
 class RMSNorm(nn.Module):
@@ -85,7 +124,8 @@ class FeedForward(nn.Module):
     Args:
         d_model: width of the tokens.
         d_ff: width between the projections.
-        activation: "relu", "gelu", "gelu_tanh" (GELU's approximation by tanh) or "silu".
+        activation: "relu", "gelu", "gelu_tanh" (GELU's approximation by tanh), "silu" or
+            "swiglu_clamped" (of gpt-oss; see :func:`activate`).
         gated: multiply x W_up by an activated gate of its own instead of activating it.
         bias: add a bias to every projection.
         dropout: probability with which a number between the projections is set to 0 in training.
@@ -146,8 +186,8 @@ class FeedForward(nn.Module):
 
     def hidden(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n f"]:
         """Give what lies between the projections, before dropout."""
-        activate, up = ACTIVATIONS[self.activation], self.up_proj(x)
-        return activate(up) if self.gate_proj is None else activate(self.gate_proj(x)) * up
+        gate = None if self.gate_proj is None else self.gate_proj(x)
+        return activate(self.activation, self.up_proj(x), gate)
 
     def extra_repr(self) -> str:
         """Name what the projections do not show."""

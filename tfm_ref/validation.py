@@ -1,6 +1,7 @@
 """What is refused, and in which words: each message states the rule and the numbers."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -26,6 +27,26 @@ def check_size(name: str, size: int, *, least: int = 1, most: int | None = None)
     if isinstance(size, float) or size < least or (most is not None and size > most):
         bound = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be an integer {bound}; got {size}")
+
+
+def check_choice(name: str, choice: str, choices: Iterable[str]) -> None:
+    """Refuse a name that is not among those known.
+
+    Args:
+        name: what the message calls the setting.
+        choice: the name to check.
+        choices: the names that are known.
+
+    Raises:
+        ValueError: if the name is unknown.
+
+    Example:
+        >>> check_choice("score", "tanh", ["softmax", "sigmoid"])
+        Traceback (most recent call last):
+        ValueError: score must be one of softmax, sigmoid; got "tanh"
+    """
+    if choice not in choices:
+        raise ValueError(f'{name} must be one of {", ".join(choices)}; got "{choice}"')
 
 
 def check_same_kind(name: str, wanted: Tensor, other: str, t: Tensor) -> None:
