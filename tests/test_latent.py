@@ -314,18 +314,7 @@ def test_the_backend_is_the_one_named(backend, monkeypatch):
 # --- in PyTorch's world
 
 
-@pytest.mark.parametrize(
-    "q_lora_rank",
-    [
-        None,
-        pytest.param(
-            5,
-            marks=pytest.mark.xfail(
-                raises=AttributeError, strict=True, reason="Block asks every attention for q_proj"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("q_lora_rank", [None, 5])
 def test_in_a_block(q_lora_rank):
     attention, feed_forward = (
         LatentAttention(**SIZES, q_lora_rank=q_lora_rank),

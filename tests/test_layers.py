@@ -251,12 +251,20 @@ def build(*, cross=False, activation="relu", dropout=0.0, backend="sdpa", **sett
     )
 
 
-def twins(device, *, cross=False, activation="relu", norm_first=True, dropout=0.0):
+def twins(device, *, cross=False, activation="relu", norm_placement="pre", dropout=0.0):
     """Build our block and PyTorch's layer with the same parameters."""
-    ours = redraw(build(cross=cross, activation=activation, norm_first=norm_first, dropout=dropout))
+    ours = redraw(
+        build(cross=cross, activation=activation, norm_placement=norm_placement, dropout=dropout)
+    )
     layer = nn.TransformerDecoderLayer if cross else nn.TransformerEncoderLayer
     theirs = layer(
-        D, H, FF, dropout, activation=activation, batch_first=True, norm_first=norm_first
+        D,
+        H,
+        FF,
+        dropout,
+        activation=activation,
+        batch_first=True,
+        norm_first=norm_placement == "pre",
     )
     theirs.load_state_dict(in_their_names(ours.state_dict(), DECODER if cross else ENCODER))
     return ours.double().to(device), theirs.double().to(device)
@@ -282,11 +290,11 @@ def on(device, terms):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("norm_placement", ["pre", "post"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_equals_torch_encoder_layer(activation, norm_first, mode, device):
+def test_equals_torch_encoder_layer(activation, norm_placement, mode, device):
     """Output and all gradients agree, in training and on its fast path."""
-    ours, theirs = twins(device, activation=activation, norm_first=norm_first)
+    ours, theirs = twins(device, activation=activation, norm_placement=norm_placement)
     our_terms, their_terms = (on(device, terms) for terms in MODES[mode])
     x = draw(B, N, D, seed=9).double().to(device)
     y, gradients, named = values_and_gradients(partial(ours, **our_terms), ours, x)
@@ -297,11 +305,11 @@ def test_equals_torch_encoder_layer(activation, norm_first, mode, device):
             assert_close(ours.eval()(x), theirs.eval()(x))
 
 
-@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("norm_placement", ["pre", "post"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
-def test_equals_torch_decoder_layer(activation, norm_first, device):
+def test_equals_torch_decoder_layer(activation, norm_placement, device):
     """Cross-attention between the two others, with a mask of its own."""
-    ours, theirs = twins(device, cross=True, activation=activation, norm_first=norm_first)
+    ours, theirs = twins(device, cross=True, activation=activation, norm_placement=norm_placement)
     x, context = draw(B, N, D, seed=9).double(), draw(B, M, D, seed=8).double()
     x, context = x.to(device), context.to(device)
     our_terms = {"mask": PADDING, "is_causal": True, "context_mask": CONTEXT_PADDING}
@@ -320,10 +328,10 @@ def test_equals_torch_decoder_layer(activation, norm_first, device):
 
 
 @pytest.mark.parametrize("cross", [False, True])
-@pytest.mark.parametrize("norm_first", [True, False])
-def test_dropout_as_torch_does(norm_first, cross, device):
+@pytest.mark.parametrize("norm_placement", ["pre", "post"])
+def test_dropout_as_torch_does(norm_placement, cross, device):
     """The same places, the same probability: mean and spread over many draws agree."""
-    ours, theirs = twins(device, cross=cross, norm_first=norm_first, dropout=0.3)
+    ours, theirs = twins(device, cross=cross, norm_placement=norm_placement, dropout=0.3)
     x = draw(1, N, D, seed=9).double().to(device).expand(20_000, -1, -1)
     tokens = (x, x) if cross else (x,)
     with torch.no_grad():
@@ -356,7 +364,7 @@ def test_dropout_of_what_a_sublayer_returns():
 @pytest.mark.parametrize("norm", [nn.LayerNorm, RMSNorm, partial(nn.LayerNorm, eps=0.1)])
 def test_pre_norm_and_post_norm_written_out(norm):
     pre = redraw(build(norm=norm))
-    post = build(norm=norm, norm_first=False)
+    post = build(norm=norm, norm_placement="post")
     post.load_state_dict(pre.state_dict())
     x = draw(B, N, D, seed=9)
     attend, think = pre.attention, pre.feed_forward
@@ -374,13 +382,13 @@ def test_each_sublayer_has_a_norm_of_its_own():
     assert len(set(norms)) == 3
     assert all(isinstance(norm, RMSNorm) and norm.d_model == D for norm in norms)
     assert build().cross_attention_norm is None
-    assert build().norm_first
+    assert build().norm_placement == "pre"
 
 
-@pytest.mark.parametrize("norm_first", [True, False])
-def test_rotation_reaches_the_attention_and_no_other(norm_first):
+@pytest.mark.parametrize("norm_placement", ["pre", "post"])
+def test_rotation_reaches_the_attention_and_no_other(norm_placement):
     """Queries and keys among the tokens are turned, those of the cross-attention are not."""
-    block = redraw(build(cross=True, norm_first=norm_first))
+    block = redraw(build(cross=True, norm_placement=norm_placement))
     scheme = RotaryPositions(head_dim=D // H)
     near, far = (scheme.rotation(torch.arange(N)[None] * step) for step in (1, 10))
     x, context = draw(B, N, D, seed=9), draw(B, M, D, seed=8)
@@ -393,9 +401,9 @@ def test_rotation_reaches_the_attention_and_no_other(norm_first):
     assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(outputs))
 
 
-@pytest.mark.parametrize("norm_first", [True, False])
-def test_causal(norm_first):
-    block, x = redraw(build(norm_first=norm_first)), draw(B, N, D)
+@pytest.mark.parametrize("norm_placement", ["pre", "post"])
+def test_causal(norm_placement):
+    block, x = redraw(build(norm_placement=norm_placement)), draw(B, N, D)
     for j in range(N):
         changed = x.clone()
         changed[:, j, 0] += 1  # a shift of the whole token LayerNorm would not see
@@ -410,18 +418,18 @@ def test_any_feed_forward_of_tokens():
 
 
 def test_settings_can_be_read():
-    block = build(norm_first=False, activation="gelu", norm=RMSNorm)
-    assert "norm_first=False, dropout=0.0" in repr(block)
+    block = build(norm_placement="post", activation="gelu", norm=RMSNorm)
+    assert "norm_placement='post', parallel=False, dropout=0.0" in repr(block)
     assert "activation='gelu', dropout=0.0" in repr(block)
     assert "RMSNorm(8, eps=1e-06)" in repr(block)
     assert block.d_model == D
 
 
-@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("norm_placement", ["pre", "post"])
 @pytest.mark.parametrize("norm", [nn.LayerNorm, RMSNorm])
-def test_autocast(norm, norm_first, device):
+def test_autocast(norm, norm_placement, device):
     """Under autocast it stays near to what float32 gives."""
-    block = build(norm=norm, norm_first=norm_first, cross=True).to(device)
+    block = build(norm=norm, norm_placement=norm_placement, cross=True).to(device)
     tokens = draw(B, N, D).to(device), draw(B, M, D, seed=1).to(device)
     with torch.autocast(device, torch.bfloat16):
         y = block(*tokens)
@@ -532,7 +540,7 @@ KIND = "must have the same dtype and device; got torch.float32 on cpu and"
 LAYERS = {
     "feed-forward": FeedForward(d_model=D, d_ff=FF),
     "pre-norm": build(),
-    "post-norm": build(norm_first=False),
+    "post-norm": build(norm_placement="post"),
 }
 
 

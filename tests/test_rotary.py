@@ -337,7 +337,7 @@ def test_yarn_temperature_acts_on_scores_squared():
         ),
         (
             lambda: YaRNScaling(factor=2.0, original_length=64, beta_slow=32),
-            "0 < beta_slow < beta_fast must hold; got beta_slow 32 and beta_fast 32.0",
+            "0 < beta_slow <= beta_fast must hold; got beta_slow 33 and beta_fast 32.0",
         ),
         (
             lambda: Llama3Scaling(low_freq_factor=0.0),
@@ -345,7 +345,7 @@ def test_yarn_temperature_acts_on_scores_squared():
         ),
         (
             lambda: Llama3Scaling(low_freq_factor=4.0),
-            "must hold; got low_freq_factor 4.0 and high_freq_factor 4.0",
+            "must hold; got low_freq_factor 5.0 and high_freq_factor 4.0",
         ),
         (
             lambda: RotaryPositions(head_dim=2, scaling=NTKScaling(factor=2.0)),

@@ -2,10 +2,26 @@
 
 from tfm_ref.attention import SelfAttention, attention_weights, scaled_dot_product_attention
 from tfm_ref.claims import attempt, check, refute
+from tfm_ref.config import Experts, Latent, TransformerConfig
+from tfm_ref.convert import config_from_hf, from_hf, load_safetensors, to_hf
 from tfm_ref.data import corpus
 from tfm_ref.latent import LatentAttention
 from tfm_ref.layers import Block, FeedForward, RMSNorm
-from tfm_ref.masks import causal_mask, padding_mask, prefix_mask, sliding_window_mask
+from tfm_ref.masks import (
+    causal_mask,
+    chunked_mask,
+    padding_mask,
+    prefix_mask,
+    sliding_window_mask,
+)
+from tfm_ref.models import (
+    DecoderLM,
+    Encoder,
+    EncoderDecoder,
+    Stack,
+    attention_maps,
+    build,
+)
 from tfm_ref.moe import MoELayer, Router, Routing
 from tfm_ref.multi_head import MultiHeadAttention, fused_attention
 from tfm_ref.positions import (
@@ -26,13 +42,20 @@ from tfm_ref.rotary import (
     YaRNScaling,
 )
 from tfm_ref.tokenizer import BPETokenizer, bpe_merges, train_bpe
+from tfm_ref.zoo import MODELS, count_parameters, full_size, kv_cache_bytes
 
 __version__ = "0.1.0"
 __all__ = [
+    "MODELS",
     "ALiBi",
     "BPETokenizer",
     "Block",
+    "DecoderLM",
+    "Encoder",
+    "EncoderDecoder",
+    "Experts",
     "FeedForward",
+    "Latent",
     "LatentAttention",
     "LearnedPositions",
     "LinearScaling",
@@ -47,16 +70,27 @@ __all__ = [
     "Routing",
     "SelfAttention",
     "SinusoidalPositions",
+    "Stack",
     "T5Bias",
+    "TransformerConfig",
     "YaRNScaling",
     "alibi_slopes",
     "attempt",
+    "attention_maps",
     "attention_weights",
     "bpe_merges",
+    "build",
     "causal_mask",
     "check",
+    "chunked_mask",
+    "config_from_hf",
     "corpus",
+    "count_parameters",
+    "from_hf",
+    "full_size",
     "fused_attention",
+    "kv_cache_bytes",
+    "load_safetensors",
     "padding_mask",
     "prefix_mask",
     "progress",
@@ -64,5 +98,6 @@ __all__ = [
     "scaled_dot_product_attention",
     "sinusoidal_encoding",
     "sliding_window_mask",
+    "to_hf",
     "train_bpe",
 ]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -47,26 +46,18 @@ def _turned(t: Tensor) -> Tensor:
     return t.mT if t.ndim > 1 else t
 
 
-def _groups(config: TransformerConfig) -> dict[str, int]:
-    g = config.n_kv_heads or config.n_heads
-    return {"g": g, "s": config.n_heads // g + 2}
-
-
 def _split_groups(t: Tensor, shapes: list[torch.Size], config: TransformerConfig) -> list[Tensor]:
     """Take apart rows of the query heads of a group, their key head, and their value head."""
-    grouped = rearrange(t, "(g s k) ... -> g s k ...", **_groups(config))
-    parts = grouped.split([grouped.shape[1] - 2, 1, 1], 1)
-    return [rearrange(part, "g s k ... -> (g s k) ...") for part in parts]
+    g = config.n_kv_heads or config.n_heads
+    r = config.n_heads // g
+    return [part.flatten(0, 2) for part in t.unflatten(0, (g, r + 2, -1)).split([r, 1, 1], 1)]
 
 
 def _merge_groups(ts: list[Tensor], config: TransformerConfig) -> Tensor:
-    groups = _groups(config)
-    heads = groups["s"] - 2, 1, 1
-    parts = [
-        rearrange(t, "(g s k) ... -> g s k ...", g=groups["g"], s=s)
-        for t, s in zip(ts, heads, strict=True)
-    ]
-    return rearrange(torch.cat(parts, 1), "g s k ... -> (g s k) ...")
+    g = config.n_kv_heads or config.n_heads
+    heads = config.n_heads // g, 1, 1
+    grouped = [t.unflatten(0, (g, s, -1)) for t, s in zip(ts, heads, strict=True)]
+    return torch.cat(grouped, 1).flatten(0, 2)
 
 
 FORMS = {
@@ -88,9 +79,7 @@ FORMS = {
         lambda t, shapes, c: [
             t[..., i::2] if len(shapes[0]) == 2 else t[..., i::2].mT for i in (0, 1)
         ],
-        lambda ts, c: rearrange(
-            [t if t.ndim == 2 else t.mT for t in ts], "two ... f -> ... (f two)"
-        ),
+        lambda ts, c: torch.stack([t if t.ndim == 2 else t.mT for t in ts], -1).flatten(-2),
     ),
 }
 """How a tensor of theirs holds ours, by name.
