@@ -28,7 +28,7 @@ MODULES = (
 """The modules of tfm_ref under test, each after those that it imports."""
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-TRAITS = {"cross", "mask", "bias", "scale", "weights", "unordered", *DTYPES}
+TRAITS = {"cross", "mask", "bias", "scale", "weights", "unordered", "whole", *DTYPES}
 """What an implementation may lack; a check names those that it needs."""
 
 
@@ -74,10 +74,13 @@ def project(attend: Callable, weigh: Callable) -> Projected:
     return Projected(attend, weigh, 4, 2, **projections)
 
 
-def naive_weights(q, k, *, mask=None, is_causal=False, bias=None, scale=None):
+def naive_weights(
+    q, k, *, mask=None, is_causal=False, bias=None, scale=None, softcap=None, sinks=None
+):
     """The equation, literally: e^score of each allowed key, over their sum; 0 without any."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores if bias is None else scores + bias
     allowed = torch.ones_like(scores, dtype=torch.bool)
     if is_causal:
@@ -86,6 +89,11 @@ def naive_weights(q, k, *, mask=None, is_causal=False, bias=None, scale=None):
         allowed = allowed & mask
     scores = scores.where(allowed, -torch.inf)
     top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min).detach()
+    if sinks is not None:
+        sinks = sinks[:, None, None].to(scores.dtype)
+        top = torch.maximum(top, sinks).detach()
+        e = (scores - top).exp()
+        return e / (e.sum(-1, keepdim=True) + (sinks - top).exp())
     e = (scores - top).exp()
     return e / e.sum(-1, keepdim=True).clamp(min=0.5)  # the sum is at least 1, or 0
 
@@ -99,6 +107,30 @@ def same_projections(model: nn.Module, a: "Implementation") -> nn.Module:
     """Put the naive equation between the model's own projections."""
     projections = {name: getattr(model, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     return Projected(naive, naive_weights, a.n_heads, a.n_kv_heads or a.n_heads, **projections)
+
+
+class PlainModern(nn.Module):
+    """Attention literally with what a layer may add: norms of q and k, scale, softcap, sinks."""
+
+    def __init__(self, model: nn.Module, a: "Implementation"):
+        super().__init__()
+        self.model = model
+        self.heads = a.n_heads, a.n_kv_heads, a.n_kv_heads
+        self.form = {"scale": model.scale, "softcap": model.softcap, "sinks": model.sinks}
+
+    def forward(self, x, context=None, **terms) -> Tensor:
+        q, k, v = self._heads(x, context)
+        y = naive(q, k, v, **terms, **self.form)
+        return self.model.o_proj(torch.cat(y.unbind(1), -1))
+
+    def attention_weights(self, x, context=None, **terms) -> Tensor:
+        return naive_weights(*self._heads(x, context)[:2], **terms, **self.form)
+
+    def _heads(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
+        model, context = self.model, x if context is None else context
+        flat = model.q_proj(x), model.k_proj(context), model.v_proj(context)
+        q, k, v = (torch.stack(t.chunk(h, -1), 1) for t, h in zip(flat, self.heads, strict=True))
+        return [plain_norm(model.q_norm, q), plain_norm(model.k_norm, k), v]
 
 
 class PlainLatent(nn.Module):
@@ -312,6 +344,11 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
             decode=by_context,
         )
 
+    def modern(name: str, **settings) -> Implementation:
+        settings = {"qk_norm": package.layers.RMSNorm, "scale": 0.7, "sinks": True, **settings}
+        inner = heads(name, 4, n_kv_heads=2, **free, **settings)
+        return replace(inner, lacks=inner.lacks | {"whole"}, equation=PlainModern)
+
     def latent(name: str, n_heads: int, **settings) -> Implementation:
         sizes = {"head_dim": 3, "rope_head_dim": 4, "v_head_dim": 5, "kv_lora_rank": 4, **settings}
         return replace(
@@ -367,6 +404,8 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
                 heads(f"{backend}, MQA, qkv bias", 2, n_kv_heads=1, bias="qkv", backend=backend),
             )
         ],
+        modern("sdpa, QK-norm, sinks"),
+        modern("naive, QK-norm, sinks, softcap", softcap=1.5),
         placed(rotary, lambda scheme: PlainRotary(), heads("", 4, n_kv_heads=2, head_dim=4)),
         placed(alibi, partial(PlainBias, number=of_alibi), heads("", 4, head_dim=3)),
         placed(t5, partial(PlainBias, number=of_t5), heads("", 4, head_dim=3, backend="naive")),
