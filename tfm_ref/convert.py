@@ -95,12 +95,13 @@ def config_from_hf(hf: Mapping[str, object]) -> TransformerConfig:
             models do not have.
 
     Example:
+        >>> from tfm_ref.zoo import MODELS
         >>> config_from_hf({
         ...     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
         ...     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
         ...     "intermediate_size": 14336, "max_position_embeddings": 8192,
         ...     "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
-        ... }) == zoo.MODELS["Llama-3-8B"].config
+        ... }) == MODELS["Llama-3-8B"].config
         True
     """
     return TransformerConfig(**choices_of(hf))
