@@ -456,8 +456,8 @@ LLAMA_FIELDS = SIZES | {
 }
 LLAMA_ONLY = {"mlp_bias": False}
 WINDOW = {"window": window, "global_every": global_every(None)}
-QWEN_ONLY = LLAMA_ONLY | {
-    "use_sliding_window": lambda hf: "layer_types" in hf and hf.get("use_sliding_window", False),
+QWEN_ONLY = LLAMA_ONLY | {  # which layers have the window, a list must say
+    "use_sliding_window": lambda hf: "layer_types" in hf and bool(hf.get("use_sliding_window")),
 }
 GEMMA_FIELDS = (
     LLAMA_FIELDS
