@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import redraw
+from oracles import redraw, tiny
 from parity.cases import CASES
 from safetensors.torch import load_file, save_file
-from test_zoo import tiny
 from torch.testing import assert_close
 
 from tfm_ref import MODELS, build, config_from_hf, from_hf, load_safetensors, to_hf

@@ -178,7 +178,8 @@ def check_padding(a):
         y = model(x, mask=mask, is_causal=is_causal)
         for b, length in enumerate(lengths.tolist()):
             real = slice(length) if side == "right" else slice(4 - length, 4)
-            assert_close(y[b : b + 1, real], model(x[b : b + 1, real], is_causal=is_causal))
+            alone = model(x[b : b + 1, real], is_causal=is_causal)
+            assert_close(y[b : b + 1, real], alone, atol=a.far, rtol=a.far)
 
 
 @needs("cross")
@@ -191,7 +192,7 @@ def check_rectangles(a):
         assert_close(fewer_queries, square[:, -length:])
         fewer_keys = model(x, context=context[:, :length], is_causal=True)
         aligned = model(x[:, -length:], context=context[:, :length], is_causal=True)
-        assert_close(fewer_keys[:, -length:], aligned)
+        assert_close(fewer_keys[:, -length:], aligned, atol=a.far, rtol=a.far)
         assert torch.equal(fewer_keys[:, :-length], nothing(model, x[:, :-length]))
 
 

@@ -12,7 +12,11 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 from einops import rearrange
+from oracles import tiny
 from torch import Tensor, nn
+
+from tfm_ref import MODELS, TransformerConfig, padding_mask
+from tfm_ref.config import POSITIONS
 
 D_MODEL = 6
 MODULES = (
@@ -115,22 +119,24 @@ class PlainModern(nn.Module):
     def __init__(self, model: nn.Module, a: "Implementation"):
         super().__init__()
         self.model = model
-        self.heads = a.n_heads, a.n_kv_heads, a.n_kv_heads
+        self.heads = a.n_heads, a.n_kv_heads or a.n_heads, a.n_kv_heads or a.n_heads
         self.form = {"scale": model.scale, "softcap": model.softcap, "sinks": model.sinks}
 
-    def forward(self, x, context=None, **terms) -> Tensor:
-        q, k, v = self._heads(x, context)
+    def forward(self, x, context=None, *, rotation=None, **terms) -> Tensor:
+        q, k, v = self._heads(x, context, rotation)
         y = naive(q, k, v, **terms, **self.form)
         return self.model.o_proj(torch.cat(y.unbind(1), -1))
 
-    def attention_weights(self, x, context=None, **terms) -> Tensor:
-        return naive_weights(*self._heads(x, context)[:2], **terms, **self.form)
+    def attention_weights(self, x, context=None, *, rotation=None, **terms) -> Tensor:
+        return naive_weights(*self._heads(x, context, rotation)[:2], **terms, **self.form)
 
-    def _heads(self, x: Tensor, context: Tensor | None) -> list[Tensor]:
+    def _heads(self, x: Tensor, context: Tensor | None, rotation: Callable | None) -> list[Tensor]:
         model, context = self.model, x if context is None else context
         flat = model.q_proj(x), model.k_proj(context), model.v_proj(context)
         q, k, v = (torch.stack(t.chunk(h, -1), 1) for t, h in zip(flat, self.heads, strict=True))
-        return [plain_norm(model.q_norm, q), plain_norm(model.k_norm, k), v]
+        if model.q_norm is not None:
+            q, k = plain_norm(model.q_norm, q), plain_norm(model.k_norm, k)
+        return [q, k, v] if rotation is None else [rotation(q), rotation(k), v]
 
 
 class PlainLatent(nn.Module):
@@ -142,10 +148,13 @@ class PlainLatent(nn.Module):
 
     def forward(self, x, context=None, *, rotation=None, **terms) -> Tensor:
         q, k, v = self._heads(x, context, rotation)
-        return self.model.o_proj(torch.cat(naive(q, k, v, **terms).unbind(1), -1))
+        return self.model.o_proj(
+            torch.cat(naive(q, k, v, **terms, scale=self.model.scale).unbind(1), -1)
+        )
 
     def attention_weights(self, x, context=None, *, rotation=None, **terms) -> Tensor:
-        return naive_weights(*self._heads(x, context, rotation)[:2], **terms)
+        q, k, _ = self._heads(x, context, rotation)
+        return naive_weights(q, k, **terms, scale=self.model.scale)
 
     def _heads(self, x: Tensor, context: Tensor | None, rotation: Callable | None) -> list[Tensor]:
         model, turn = self.model, rotation or (lambda t: t)
@@ -269,6 +278,7 @@ class Implementation:
 
     ``build`` makes a module that is called with ``x``, in cross-attention also ``context``, and
     with ``mask``, ``is_causal``, ``bias`` and ``scale``; ``lacks`` names what it cannot do.
+    ``far`` is how far a shift of all positions may move a number, since angles are float32.
     ``equation`` gives the equation with the module's weights; ``decode`` runs a sequence in
     chunks, with a cache if there is one.
 
@@ -285,6 +295,7 @@ class Implementation:
     lacks: frozenset[str] = frozenset()
     equation: Callable[[nn.Module, "Implementation"], nn.Module] = same_projections
     decode: Callable[[nn.Module, Tensor, list[int]], Iterator[Tensor]] = by_prefix
+    far: float = 1e-7
     device: str = "cpu"
 
     def __str__(self) -> str:
@@ -425,3 +436,43 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
             )
         ],
     ]
+
+
+def of_the_zoo() -> list[Implementation]:
+    """List the attention of the public models, tiny, with their positions, each kind once."""
+    kinds = {}
+    for name, model in MODELS.items():
+        config = replace(tiny(model.config), d_model=D_MODEL)
+        latent, sinks = config.latent is not None, config.sinks
+        attention = PlainLatent if latent else PlainModern
+
+        def build(config: TransformerConfig = config) -> nn.Module:
+            acts = config.positions in ("rope", "alibi", "t5")
+            scheme = POSITIONS[config.positions if acts else "none"](config)
+            return Positioned(config.new_attention(), scheme)
+
+        def equation(model: nn.Module, a: Implementation, attention=attention) -> nn.Module:
+            return Positioned(attention(model.attention, a), model.scheme)
+
+        kind = [getattr(config, field) for field in ATTENTION_FIELDS]
+        implementation = Implementation(
+            name,
+            build,
+            padding_mask,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            lacks=frozenset({"scale", "bias", "unordered", *(["whole"] if sinks else [])}),
+            equation=equation,
+            decode=by_context,
+            far=1e-5,
+        )
+        kinds.setdefault(repr(kind), implementation)
+    return list(kinds.values())
+
+
+ATTENTION_FIELDS = (
+    *("n_heads", "n_kv_heads", "head_dim", "attention_bias", "qk_norm", "attention_scale"),
+    *("attention_softcap", "sinks", "latent", "positions", "rope_theta", "rope_dim"),
+    *("rope_interleaved", "rope_scaling", "t5_buckets", "t5_max_distance"),
+)
+"""What of a config the attention and its positions depend on."""

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 from conformance import checks
-from conformance.implementations import DTYPES, TRAITS, implementations
+from conformance.implementations import DTYPES, TRAITS, implementations, of_the_zoo
 
 import tfm_ref
 
-IMPLEMENTATIONS = implementations(tfm_ref)
+IMPLEMENTATIONS = implementations(tfm_ref) + of_the_zoo()
 
 
 @pytest.mark.parametrize(
