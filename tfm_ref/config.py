@@ -280,6 +280,7 @@ class TransformerConfig:
         with torch.device("meta"):  # what a layer refuses is refused here
             for layer in {0, self.n_layers - 1}:
                 self.new_block(layer)
+        if self.positions != "learned":  # whose table can be large
             POSITIONS[self.positions](self)
 
     @property
