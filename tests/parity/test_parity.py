@@ -12,8 +12,8 @@ from transformers import DynamicCache
 from tfm_ref import attention_maps, convert
 from tfm_ref.masks import padding_mask
 
-BATCH, LENGTH, SOURCE = 3, 11, 13
-REAL = torch.tensor([LENGTH, 7, 2])  # tokens that are no padding, in each sequence
+BATCH, LENGTH, SOURCE = 3, 21, 23
+REAL = torch.tensor([LENGTH, 13, 2])  # tokens that are no padding, in each sequence
 
 
 def public(case, dtype=torch.float32):
@@ -21,6 +21,9 @@ def public(case, dtype=torch.float32):
     theirs = case.build()
     fixed = {n: p.clone() for n, p in theirs.named_parameters() if n in case.fixed(theirs)}
     redraw(theirs)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p *= case.spread
     theirs.load_state_dict(fixed, strict=False)
     for name, copied in case.copies.items():
         theirs.get_parameter(name).data = theirs.get_parameter(copied).data
@@ -154,7 +157,7 @@ def test_padding(case, side):
 def test_their_cache_gives_what_we_compute_anew(case):
     ours, theirs = pair(case)
     tokens, cache, steps = ids(LENGTH), DynamicCache(config=theirs.config), []
-    for start, stop in [(0, 4), (4, 5), (5, 9), (9, 10), (10, 11)]:
+    for start, stop in [(0, 9), (9, 10), (10, 19), (19, 20), (20, LENGTH)]:
         chunk = theirs(tokens[:, start:stop], past_key_values=cache, use_cache=True)
         steps.append(chunk.logits)
     assert_close(ours(tokens), torch.cat(steps, 1), **tolerance(case, torch.float32))
