@@ -129,9 +129,9 @@ class Case:
         offered = "position_ids" in inspect.signature(model.forward).parameters
         return offered and self.config != "RobertaConfig"  # it finds the padding by itself
 
-    def build(self):
-        """Build the public model, with its plainest attention."""
-        config = getattr(transformers, self.config)(**self.settings, attn_implementation="eager")
+    def build(self, attention: str = "eager"):
+        """Build the public model, with its plainest attention if not told otherwise."""
+        config = getattr(transformers, self.config)(**self.settings, attn_implementation=attention)
         head = {"encoder": "MaskedLM", "decoder": "CausalLM", "both": "Seq2SeqLM"}[self.kind]
         model = getattr(transformers, f"AutoModelFor{head}").from_config(config).eval()
         if self.name == "T5 1.1":  # version 5 ties them, whatever the config says
