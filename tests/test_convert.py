@@ -293,6 +293,58 @@ def test_the_settings_of_rope_stand_in_three_places():
     assert config_from_hf(of_5).rope_scaling == MODELS["Llama-3.1-405B"].config.rope_scaling
     assert config_from_hf(plain).rope_theta == 10_000.0
     assert config_from_hf(plain | {"rope_scaling": None}).rope_scaling is None
+    for part in {"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}:
+        with pytest.raises(ValueError, match=re.escape("partial_rotary_factor must be 1.0; got 0")):
+            config_from_hf(LLAMA | part)
+
+
+def usual(model_type):
+    """Give the settings of a family, as version 5 writes them."""
+    settings = FIRST[model_type].build().config.to_json_string(use_diff=False)
+    return json.loads(settings)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "theta"),
+    [("llama", 1e4), ("falcon", 1e4), ("mixtral", 1e6), ("gemma3_text", 1e6), ("gpt_oss", 1.5e5)],
+)
+def test_a_base_that_is_not_written_is_that_of_the_family(model_type, theta):
+    settings = usual(model_type)
+    del settings["rope_parameters"]
+    assert config_from_hf(settings | {"rope_local_base_freq": 50.0}).rope_theta == theta
+
+
+def test_nothing_stretches_the_layers_with_a_window():
+    """Files of version 4 say so by leaving it out, those of version 5 by a type."""
+    settings = usual("gemma3_text")
+    of_5, kinds = config_from_hf(settings), settings.pop("rope_parameters")
+    of_4 = {"rope_theta": 900.0, "rope_local_base_freq": 50.0}
+    of_4 |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    assert config_from_hf(settings | of_4) == of_5
+    kinds["sliding_attention"]["rope_type"] = "linear"
+    message = 'rope_type of sliding_attention must be one of default; got "linear"'
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_from_hf(settings | {"rope_parameters": kinds})
+
+
+def test_the_activation_of_falcon():
+    settings = usual("falcon")
+    del settings["activation"]
+    assert config_from_hf(settings).activation == "gelu"
+    assert config_from_hf(settings | {"activation": "relu"}).activation == "relu"
+    with pytest.raises(ValueError, match="activation must be one of relu, gelu, gelu_new"):
+        config_from_hf(settings | {"activation": "mish"})
+
+
+def test_how_deepseek_chooses_experts():
+    settings = usual("deepseek_v2")
+    assert config_from_hf(settings).experts.n_groups == 4
+    assert config_from_hf(settings | {"topk_method": "greedy"}).experts.n_groups == 1
+    with pytest.raises(ValueError, match="topk_method must be one of greedy, group_limited_greedy"):
+        config_from_hf(settings | {"topk_method": "noaux_tc"})
+
+
+TWO_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def test_windows_are_read_from_the_list_of_layers():
@@ -303,6 +355,14 @@ def test_windows_are_read_from_the_list_of_layers():
     config = config_from_hf(mistral | {"layer_types": kinds})
     assert (config.window, config.global_every) == (4, 2)
     assert config_from_hf(mistral | {"layer_types": kinds[1:] * 2}).window is None
+    with pytest.raises(ValueError, match="each of layer_types must be one of sliding_attention, f"):
+        config_from_hf(mistral | {"layer_types": ["chunked_attention", kinds[1]]})
+    with pytest.raises(ValueError, match=r'config\.json must have "sliding_window"'):
+        config_from_hf(LLAMA | {"model_type": "mistral"})
+    assert config_from_hf(LLAMA | {"model_type": "mixtral"} | TWO_EXPERTS).window is None
+    assert config_from_hf(mistral | {"model_type": "mixtral"} | TWO_EXPERTS).window == 4
+    for qwen in "qwen2", "qwen3":  # a window that is not said to be used is not
+        assert config_from_hf(mistral | {"model_type": qwen}).window is None
     with pytest.raises(ValueError, match="every n-th layer must have no window; got layer_types"):
         config_from_hf(mistral | {"num_hidden_layers": 3, "layer_types": [*kinds[::-1], kinds[0]]})
 
