@@ -105,6 +105,15 @@ def test_tensors_are_copied():
     assert torch.equal(model(TOKENS), before)
 
 
+def test_experts_may_come_in_any_order():
+    """Sorted by name, expert 10 stands before expert 2."""
+    few = {"num_local_experts": 11, "num_experts_per_tok": 2}
+    settings = LLAMA | few | {"model_type": "mixtral"}
+    tensors = state(settings)
+    model = from_hf(dict(sorted(tensors.items())), settings)
+    assert_close(to_hf(model, "mixtral"), tensors)
+
+
 def test_buffers_of_angles_are_ignored():
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     assert_close(from_hf(state() | extra, LLAMA)(TOKENS), from_hf(state(), LLAMA)(TOKENS))
@@ -145,17 +154,26 @@ def test_a_bert_of_the_first_years():
 OLD = {"weight": "gamma", "bias": "beta"}
 
 
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 13,
+    "n_embd": 12,
+    "n_layer": 2,
+    "n_head": 3,
+    "n_positions": 16,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
+}
+
+
+def test_tensors_lie_in_memory_as_layers_keep_them():
+    """GPT-2 stores its matrices turned; files of safetensors take none that is a mere view."""
+    parameters = from_hf(state(GPT2), GPT2).parameters()
+    assert all(p.is_contiguous() for p in parameters)
+
+
 def test_a_checkpoint_without_the_prefix_of_its_body():
-    settings = {
-        "model_type": "gpt2",
-        "vocab_size": 13,
-        "n_embd": 12,
-        "n_layer": 2,
-        "n_head": 3,
-        "n_positions": 16,
-        "layer_norm_epsilon": 1e-5,
-        "activation_function": "gelu_new",
-    }
+    settings = GPT2
     tensors = state(settings)
     body = {n.removeprefix("transformer."): t for n, t in tensors.items() if n != "lm_head.weight"}
     body["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
@@ -207,6 +225,13 @@ def test_all_that_is_wrong_is_listed():
         from_hf(tensors, LLAMA)
 
 
+def test_a_tensor_of_another_shape_is_not_called_missing_too():
+    tensors = state(GPT2) | {"transformer.h.0.attn.c_attn.weight": torch.ones(12, 35)}
+    message = "transformer.h.0.attn.c_attn.weight has shape (12, 35), not (12, 36)"
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        from_hf(tensors, GPT2)
+
+
 def test_copies_must_agree():
     tied = LLAMA | {"tie_word_embeddings": True}
     tensors = state(tied)
@@ -214,6 +239,9 @@ def test_copies_must_agree():
     del tensors["lm_head.weight"]
     model = from_hf(tensors, tied)
     assert model.head.proj.weight is model.embedding.tokens.weight
+    only_head = {n: t for n, t in state(tied).items() if n != "model.embed_tokens.weight"}
+    with pytest.raises(ValueError, match=r"config: embedding\.tokens\.weight is missing$"):
+        from_hf(only_head, tied)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     with pytest.raises(ValueError, match="the matrix of the logits differs from the table"):
         from_hf(tensors, tied)
