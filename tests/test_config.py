@@ -174,6 +174,10 @@ REFUSED = {
         {"is_causal": False, "n_encoder_layers": 2},
         "n_encoder_layers = 2 needs is_causal = True; got False",
     ),
+    "n_segments": (
+        {"n_segments": 2, "n_encoder_layers": 1},
+        "n_segments = 2 needs n_encoder_layers = 0; got 1",
+    ),
     "pooler": ({"pooler": True}, "pooler = True needs is_causal = False; got True"),
     "parallel": ({"parallel": True}, "parallel = True needs norm_placement = 'pre'; got 'post'"),
     "n_kv_heads": (
@@ -206,6 +210,34 @@ def test_every_rule_is_tested():
             {"positions": "rope", "n_encoder_layers": 1, **LATENT},
             "needs n_encoder_layers = 0; got 1",
         ),
+        ({"window": 2, "n_encoder_layers": 1}, "window = 2 needs n_encoder_layers = 0; got 1"),
+        (
+            {"positions": "t5", "t5_buckets": 3, "n_encoder_layers": 1},
+            "n_buckets must be an integer of at least 4; got 3",
+        ),
+        (
+            {"positions": "rope", **LATENT, "head_dim": None},
+            "latent attention needs head_dim to be given, and attention_bias to be True or False; "
+            "got None and False",
+        ),
+        (
+            {"positions": "rope", **LATENT, "attention_bias": "qkv"},
+            "attention_bias to be True or False; got 3 and 'qkv'",
+        ),
+        (
+            {"positions": "rope", "head_dim": 4, "rope_dim": 6},
+            "rope_dim must be an integer from 2 to 4; got 6",
+        ),
+        (
+            {"positions": "rope", "head_dim": 4, "rope_dim": 0},
+            "rope_dim must be an integer from 2 to 4; got 0",
+        ),
+        (
+            {"positions": "rope", "head_dim": 4, "local_rope_theta": 1.0}
+            | {"window": 2, "global_every": 2},
+            "theta must be finite and above 1; got 1.0",
+        ),
+        ({"norm_eps": -1.0}, "norm_eps must be at least 0; got -1.0"),
         ({"positions": "rope", "rope_dim": 2, **LATENT}, "rope_dim = 2 needs latent = None"),
         ({"positions": "rotary"}, "positions must be one of none, learned, sinusoidal, rope, al"),
         ({"norm": "batch_norm"}, "norm must be one of layer_norm, layer_norm_no_bias, rms_norm"),

@@ -104,6 +104,15 @@ def test_tensors_are_copied():
     assert torch.equal(model(TOKENS), before)
 
 
+def test_experts_may_come_in_any_order():
+    """Sorted by name, expert 10 stands before expert 2."""
+    few = {"num_local_experts": 11, "num_experts_per_tok": 2}
+    settings = LLAMA | few | {"model_type": "mixtral"}
+    tensors = state(settings)
+    model = from_hf(dict(sorted(tensors.items())), settings)
+    assert_close(to_hf(model, "mixtral"), tensors)
+
+
 def test_buffers_of_angles_are_ignored():
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     assert_close(from_hf(state() | extra, LLAMA)(TOKENS), from_hf(state(), LLAMA)(TOKENS))
@@ -144,17 +153,26 @@ def test_a_bert_of_the_first_years():
 OLD = {"weight": "gamma", "bias": "beta"}
 
 
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 13,
+    "n_embd": 12,
+    "n_layer": 2,
+    "n_head": 3,
+    "n_positions": 16,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
+}
+
+
+def test_tensors_lie_in_memory_as_layers_keep_them():
+    """GPT-2 stores its matrices turned; files of safetensors take none that is a mere view."""
+    parameters = from_hf(state(GPT2), GPT2).parameters()
+    assert all(p.is_contiguous() for p in parameters)
+
+
 def test_a_checkpoint_without_the_prefix_of_its_body():
-    settings = {
-        "model_type": "gpt2",
-        "vocab_size": 13,
-        "n_embd": 12,
-        "n_layer": 2,
-        "n_head": 3,
-        "n_positions": 16,
-        "layer_norm_epsilon": 1e-5,
-        "activation_function": "gelu_new",
-    }
+    settings = GPT2
     tensors = state(settings)
     body = {n.removeprefix("transformer."): t for n, t in tensors.items() if n != "lm_head.weight"}
     body["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
@@ -206,6 +224,13 @@ def test_all_that_is_wrong_is_listed():
         from_hf(tensors, LLAMA)
 
 
+def test_a_tensor_of_another_shape_is_not_called_missing_too():
+    tensors = state(GPT2) | {"transformer.h.0.attn.c_attn.weight": torch.ones(12, 35)}
+    message = "transformer.h.0.attn.c_attn.weight has shape (12, 35), not (12, 36)"
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        from_hf(tensors, GPT2)
+
+
 def test_copies_must_agree():
     tied = LLAMA | {"tie_word_embeddings": True}
     tensors = state(tied)
@@ -213,6 +238,9 @@ def test_copies_must_agree():
     del tensors["lm_head.weight"]
     model = from_hf(tensors, tied)
     assert model.head.proj.weight is model.embedding.tokens.weight
+    only_head = {n: t for n, t in state(tied).items() if n != "model.embed_tokens.weight"}
+    with pytest.raises(ValueError, match=r"config: embedding\.tokens\.weight is missing$"):
+        from_hf(only_head, tied)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     with pytest.raises(ValueError, match="the matrix of the logits differs from the table"):
         from_hf(tensors, tied)
@@ -292,6 +320,58 @@ def test_the_settings_of_rope_stand_in_three_places():
     assert config_from_hf(of_5).rope_scaling == MODELS["Llama-3.1-405B"].config.rope_scaling
     assert config_from_hf(plain).rope_theta == 10_000.0
     assert config_from_hf(plain | {"rope_scaling": None}).rope_scaling is None
+    for part in {"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}:
+        with pytest.raises(ValueError, match=re.escape("partial_rotary_factor must be 1.0; got 0")):
+            config_from_hf(LLAMA | part)
+
+
+def usual(model_type):
+    """Give the settings of a family, as version 5 writes them."""
+    settings = FIRST[model_type].build().config.to_json_string(use_diff=False)
+    return json.loads(settings)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "theta"),
+    [("llama", 1e4), ("falcon", 1e4), ("mixtral", 1e6), ("gemma3_text", 1e6), ("gpt_oss", 1.5e5)],
+)
+def test_a_base_that_is_not_written_is_that_of_the_family(model_type, theta):
+    settings = usual(model_type)
+    del settings["rope_parameters"]
+    assert config_from_hf(settings | {"rope_local_base_freq": 50.0}).rope_theta == theta
+
+
+def test_nothing_stretches_the_layers_with_a_window():
+    """Files of version 4 say so by leaving it out, those of version 5 by a type."""
+    settings = usual("gemma3_text")
+    of_5, kinds = config_from_hf(settings), settings.pop("rope_parameters")
+    of_4 = {"rope_theta": 900.0, "rope_local_base_freq": 50.0}
+    of_4 |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    assert config_from_hf(settings | of_4) == of_5
+    kinds["sliding_attention"]["rope_type"] = "linear"
+    message = 'rope_type of sliding_attention must be one of default; got "linear"'
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_from_hf(settings | {"rope_parameters": kinds})
+
+
+def test_the_activation_of_falcon():
+    settings = usual("falcon")
+    del settings["activation"]
+    assert config_from_hf(settings).activation == "gelu"
+    assert config_from_hf(settings | {"activation": "relu"}).activation == "relu"
+    with pytest.raises(ValueError, match="activation must be one of relu, gelu, gelu_new"):
+        config_from_hf(settings | {"activation": "mish"})
+
+
+def test_how_deepseek_chooses_experts():
+    settings = usual("deepseek_v2")
+    assert config_from_hf(settings).experts.n_groups == 4
+    assert config_from_hf(settings | {"topk_method": "greedy"}).experts.n_groups == 1
+    with pytest.raises(ValueError, match="topk_method must be one of greedy, group_limited_greedy"):
+        config_from_hf(settings | {"topk_method": "noaux_tc"})
+
+
+TWO_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def test_windows_are_read_from_the_list_of_layers():
@@ -302,6 +382,14 @@ def test_windows_are_read_from_the_list_of_layers():
     config = config_from_hf(mistral | {"layer_types": kinds})
     assert (config.window, config.global_every) == (4, 2)
     assert config_from_hf(mistral | {"layer_types": kinds[1:] * 2}).window is None
+    with pytest.raises(ValueError, match="each of layer_types must be one of sliding_attention, f"):
+        config_from_hf(mistral | {"layer_types": ["chunked_attention", kinds[1]]})
+    with pytest.raises(ValueError, match=r'config\.json must have "sliding_window"'):
+        config_from_hf(LLAMA | {"model_type": "mistral"})
+    assert config_from_hf(LLAMA | {"model_type": "mixtral"} | TWO_EXPERTS).window is None
+    assert config_from_hf(mistral | {"model_type": "mixtral"} | TWO_EXPERTS).window == 4
+    for qwen in "qwen2", "qwen3":  # a window that is not said to be used is not
+        assert config_from_hf(mistral | {"model_type": qwen}).window is None
     with pytest.raises(ValueError, match="every n-th layer must have no window; got layer_types"):
         config_from_hf(mistral | {"num_hidden_layers": 3, "layer_types": [*kinds[::-1], kinds[0]]})
 

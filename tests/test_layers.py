@@ -347,7 +347,7 @@ def test_dropout_of_what_a_sublayer_returns():
     """Where the sub-layers return ones, a token gains 0, 1/(1 - p) or 2/(1 - p)."""
 
     class Ones(nn.Module):
-        d_model, q_proj = D, nn.Linear(D, D)
+        d_model, o_proj = D, nn.Linear(D, D)
 
         def forward(self, x, **terms):
             return torch.ones_like(x)

@@ -369,6 +369,14 @@ def test_build_gives_what_the_config_describes():
             "each of size 1 or that of the s",
         ),
         (
+            lambda: build(replace(DECODER, window=2))(ids(N), mask=causal_mask(N)[0, 0]),
+            "mask must have 4 axes (batch, heads, len_q, len_k)",
+        ),
+        (
+            lambda: build(replace(DECODER, window=2))(ids(N), mask=causal_mask(N).int()),
+            "mask must be a boolean tensor (True = may attend); got torch.int32",
+        ),
+        (
             lambda: build(DECODER)(ids(N), positions=torch.arange(3)[None]),
             "must fit batch 2 and le",
         ),

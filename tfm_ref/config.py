@@ -18,7 +18,7 @@ from tfm_ref.positions import (
     T5Bias,
 )
 from tfm_ref.rotary import RopeScaling, RotaryPositions
-from tfm_ref.validation import check_dropout, check_size, check_softcap
+from tfm_ref.validation import check_choice, check_dropout, check_size, check_softcap
 
 NORMS = {
     "layer_norm": nn.LayerNorm,
@@ -60,7 +60,7 @@ RULES = [
     (("window", "n_encoder_layers"), "is_causal", True),
     (("pooler",), "is_causal", False),
     (("parallel",), "norm_placement", "pre"),
-    (("parallel", "latent", "pooler"), "n_encoder_layers", 0),
+    (("parallel", "latent", "window", "n_segments"), "n_encoder_layers", 0),
     (("n_kv_heads", "rope_dim", "qk_norm", "attention_softcap", "sinks"), "latent", None),
     (("latent",), "positions", "rope"),
 ]
@@ -152,7 +152,8 @@ class TransformerConfig:
         chunked: cut the sequence into windows that do not overlap, instead of sliding one.
         global_every: every how many-th layer has no window; none if not given.
         global_positions: let those layers know the positions.
-        local_rope_theta: base in the layers with a window; rope_theta if not given.
+        local_rope_theta: base in the layers with a window, there without rope_scaling;
+            rope_theta, with it, if not given.
         latent: makes the attention latent (MLA).
         activation: of the feed-forward, a name in :data:`tfm_ref.layers.ACTIVATIONS`.
         gated: gate the feed-forward.
@@ -254,10 +255,7 @@ class TransformerConfig:
             "norm_placement": NORM_PLACEMENTS,
             "activation": ACTIVATIONS,
         }.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f'{name} must be one of {", ".join(known)}; got "{getattr(self, name)}"'
-                )
+            check_choice(name, getattr(self, name), known)
         for name in "vocab_size", "n_layers":
             check_size(name, getattr(self, name))
         for name in "n_encoder_layers", "n_segments", "first_position":
@@ -276,12 +274,26 @@ class TransformerConfig:
                 "d_ff must be given if and only if some layer has a plain feed-forward; "
                 f"got d_ff {self.d_ff} and {n_dense} such layers"
             )
+        if self.latent is not None and (
+            self.head_dim is None or not isinstance(self.attention_bias, bool)
+        ):
+            raise ValueError(
+                "latent attention needs head_dim to be given, and attention_bias to be True or "
+                f"False; got {self.head_dim} and {self.attention_bias!r}"
+            )
+        if not self.norm_eps >= 0:
+            raise ValueError(f"norm_eps must be at least 0; got {self.norm_eps}")
         check_dropout(self.dropout)
         with torch.device("meta"):  # what a layer refuses is refused here
             for layer in {0, self.n_layers - 1}:
-                self.new_block(layer)
+                attention = self.new_block(layer).attention
+        if self.rope_dim is not None:
+            check_size("rope_dim", self.rope_dim, least=2, most=attention.head_dim)
         if self.positions != "learned":  # whose table can be large
-            POSITIONS[self.positions](self)
+            for is_local in False, True:
+                self.new_positions(is_local=is_local)
+        if self.n_encoder_layers:
+            _ = self.encoder  # which is checked as it is made
 
     @property
     def turned(self) -> int:
@@ -300,6 +312,13 @@ class TransformerConfig:
         if self.window is None:
             return False
         return self.global_every is None or (layer + 1) % self.global_every != 0
+
+    def new_positions(self, *, is_local: bool = False) -> PositionScheme:
+        """Make the scheme of positions; of layers with a window, it may have its own base."""
+        if is_local and self.local_rope_theta is not None:
+            own = {"rope_theta": self.local_rope_theta, "local_rope_theta": None}
+            return replace(self, **own, rope_scaling=None).new_positions()
+        return POSITIONS[self.positions](self)
 
     def new_norm(self, width: int) -> nn.Module:
         """Make a norm."""

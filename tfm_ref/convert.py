@@ -213,8 +213,6 @@ def to_hf(model: Model, model_type: str) -> dict[str, Tensor]:
         if written:
             given[name] = form.merge([state[n] for n in ours], model.config)
             lost -= set(ours)
-    if model.config.tied_embeddings:
-        lost.discard("head.proj.weight")
     if lost:
         raise ValueError(f"{model_type} must have a place for {', '.join(sorted(lost))}")
     return _unstack_experts(given)

@@ -249,28 +249,37 @@ ACTIVATIONS = {
 """Our names of their activations."""
 
 
-def activation(key: str) -> Reader:
-    """Read our name of the activation from a setting."""
+def activation(key: str, usual: str | None = None) -> Reader:
+    """Read our name of the activation from a setting, which may be missing if one is usual."""
 
     def read(hf: HFConfig) -> str:
-        check_choice(key, hf[key], ACTIVATIONS)
-        return ACTIVATIONS[hf[key]]
+        kind = hf[key] if usual is None else hf.get(key, usual)
+        check_choice(key, kind, ACTIVATIONS)
+        return ACTIVATIONS[kind]
 
     return read
 
 
-def rope(hf: HFConfig, kind: str = "full_attention") -> HFConfig:
+def rope(hf: HFConfig) -> HFConfig:
     """Find the settings of RoPE: in one place in version 5 of transformers, in two before."""
     together = hf.get("rope_parameters") or {}
-    together = together.get(kind, together)
+    together = together.get("full_attention", together)
     return HFConfig(
         {"rope_theta": hf.get("rope_theta")} | (hf.get("rope_scaling") or {}) | together
     )
 
 
-def rope_theta(hf: HFConfig) -> float:
+def rope_theta(usual: float) -> Reader:
     """Read the base of RoPE."""
-    return float(rope(hf)["rope_theta"] or 10_000.0)
+    return lambda hf: float(rope(hf)["rope_theta"] or usual)
+
+
+def local_rope_theta(hf: HFConfig) -> float:
+    """Read the base of RoPE in layers with a window, which nothing stretches."""
+    settings = HFConfig((hf.get("rope_parameters") or {}).get("sliding_attention", {}))
+    kind = settings.get("rope_type", "default")
+    check_choice("rope_type of sliding_attention", kind, ["default"])
+    return float(hf.get("rope_local_base_freq") or settings["rope_theta"])
 
 
 def mscale(factor: float, weight: float) -> float:
@@ -313,14 +322,23 @@ def rope_scaling(hf: HFConfig) -> RopeScaling | None:
     settings = rope(hf)
     kind = settings.get("rope_type") or settings.get("type") or "default"
     check_choice("rope_type", kind, SCALINGS)
+    part = settings.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if part not in (None, 1.0):
+        raise ValueError(f"partial_rotary_factor must be 1.0; got {part}")
     return SCALINGS[kind](settings)
 
 
 def window(hf: HFConfig) -> int | None:
     """Read the window, if any layer has one."""
     kinds = hf.get("layer_types")
-    used = hf.get("use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds)
-    return hf.get("sliding_window") if used else None
+    for kind in kinds or []:
+        check_choice("each of layer_types", kind, ["sliding_attention", "full_attention"])
+    return hf["sliding_window"] if kinds is None or "sliding_attention" in kinds else None
+
+
+def qwen_window(hf: HFConfig) -> int | None:
+    """Read the window of those that have none unless they say so."""
+    return window(hf) if hf.get("use_sliding_window", False) else None
 
 
 def global_every(usual: int | None) -> Reader:
@@ -328,7 +346,7 @@ def global_every(usual: int | None) -> Reader:
 
     def read(hf: HFConfig) -> int | None:
         kinds = hf.get("layer_types")
-        if window(hf) is None:
+        if hf.get("sliding_window") is None or window(hf) is None:
             return None
         if kinds is None:
             return hf.get("sliding_window_pattern", usual)
@@ -439,6 +457,7 @@ BART_FIELDS = TIED | {
 BART_ONLY = {
     "normalize_before": False,
     "add_final_layer_norm": False,
+    "is_decoder": False,
     "share_encoder_decoder_embeddings": True,
     "encoder_ffn_dim": lambda hf: hf["decoder_ffn_dim"],
     "encoder_attention_heads": lambda hf: hf["decoder_attention_heads"],
@@ -447,7 +466,7 @@ BART_ONLY = {
 LLAMA_FIELDS = SIZES | {
     "n_kv_heads": ("num_key_value_heads", None),
     "head_dim": ("head_dim", None),
-    "rope_theta": rope_theta,
+    "rope_theta": rope_theta(10_000.0),
     "rope_scaling": rope_scaling,
     "norm_eps": "rms_norm_eps",
     "attention_bias": ("attention_bias", False),
@@ -456,6 +475,7 @@ LLAMA_FIELDS = SIZES | {
 }
 LLAMA_ONLY = {"mlp_bias": False}
 WINDOW = {"window": window, "global_every": global_every(None)}
+QWEN_WINDOW = {"window": qwen_window, "global_every": global_every(None)}
 QWEN_ONLY = LLAMA_ONLY | {  # which layers have the window, a list must say
     "use_sliding_window": lambda hf: "layer_types" in hf and bool(hf.get("use_sliding_window")),
 }
@@ -509,6 +529,7 @@ MLA = LLAMA_FIELDS | {
 
 def limited(hf: HFConfig) -> bool:
     """Say whether DeepSeek-V2 chooses its experts from some groups only."""
+    check_choice("topk_method", hf["topk_method"], ["greedy", "group_limited_greedy"])
     return hf["topk_method"] == "group_limited_greedy"
 
 
@@ -550,7 +571,7 @@ FAMILIES = {
             "first_position": lambda hf: hf["pad_token_id"] + 1,
             "max_seq_len": lambda hf: hf["max_position_embeddings"] - hf["pad_token_id"] - 1,
         },
-        BERT_ONLY,
+        BERT_ONLY | {"hidden_act": "gelu"},  # its head has no other
         ROBERTA,
         "roberta.",
         r".*position_ids",
@@ -575,15 +596,24 @@ FAMILIES = {
                 "scale_decoder_outputs", hf.get("tie_word_embeddings", True)
             ),
         },
-        {"is_encoder_decoder": True},
+        {"is_encoder_decoder": True, "is_decoder": False},
         T5,
         "",
         r"decoder\..*EncDecAttention\.relative_attention_bias\.weight",
         unties=True,
     ),
-    "bart": Family(zoo.BART, BART_FIELDS, BART_ONLY, BART),
+    "bart": Family(
+        zoo.BART,
+        BART_FIELDS,
+        BART_ONLY | {"normalize_embedding": True, "static_position_embeddings": False},
+        BART,
+    ),
     "marian": Family(
-        zoo.MARIAN, BART_FIELDS, BART_ONLY, BART, ignored=r".*embed_positions\.weight"
+        zoo.MARIAN,
+        BART_FIELDS,
+        BART_ONLY | {"normalize_embedding": False, "static_position_embeddings": True},
+        BART,
+        ignored=r".*embed_positions\.weight",
     ),
     "bloom": Family(
         zoo.BLOOM,
@@ -618,6 +648,8 @@ FAMILIES = {
             "no_bias": True,
             "logit_scale": None,
             "embedding_fraction": 1.0,
+            "norm_type": "low_precision_layernorm",
+            "attn_config.attn_uses_sequence_id": False,
             "attn_config.alibi": True,
             "attn_config.alibi_bias_max": 8,
             "attn_config.qk_ln": False,
@@ -640,13 +672,18 @@ FAMILIES = {
             "d_ff": lambda hf: hf.get("ffn_hidden_size") or 4 * hf["hidden_size"],
             "max_seq_len": ("max_position_embeddings", None),
             "norm_eps": "layer_norm_epsilon",
-            "rope_theta": rope_theta,
+            "rope_theta": rope_theta(10_000.0),
             "rope_scaling": rope_scaling,
             "attention_bias": "bias",
             "feed_forward_bias": "bias",
-            "activation": lambda hf: ACTIVATIONS[hf.get("activation", "gelu")],
+            "activation": activation("activation", "gelu"),
         },
-        {"alibi": False, "new_decoder_architecture": False, "parallel_attn": True},
+        {
+            "alibi": False,
+            "new_decoder_architecture": False,
+            "num_ln_in_parallel_attn": None,
+            "parallel_attn": True,
+        },
         BLOOM,
         "transformer.",
         r".*rotary.*inv_freq",
@@ -655,11 +692,11 @@ FAMILIES = {
     "mistral": Family(zoo.LLAMA, LLAMA_FIELDS | WINDOW, LLAMA_ONLY, LLAMA),
     "qwen2": Family(
         zoo.QWEN2,
-        LLAMA_FIELDS | WINDOW | {"attention_bias": lambda hf: "qkv"},
+        LLAMA_FIELDS | QWEN_WINDOW | {"attention_bias": lambda hf: "qkv"},
         QWEN_ONLY,
         LLAMA,
     ),
-    "qwen3": Family(zoo.QWEN3, LLAMA_FIELDS | WINDOW, QWEN_ONLY, LLAMA),
+    "qwen3": Family(zoo.QWEN3, LLAMA_FIELDS | QWEN_WINDOW, QWEN_ONLY, LLAMA),
     "gemma2": Family(
         zoo.GEMMA2,
         GEMMA_FIELDS | {"global_every": global_every(2)},
@@ -671,10 +708,8 @@ FAMILIES = {
         GEMMA_FIELDS
         | {
             "global_every": global_every(6),
-            "rope_theta": lambda hf: float(rope(hf)["rope_theta"] or 1e6),
-            "local_rope_theta": lambda hf: float(
-                hf.get("rope_local_base_freq") or rope(hf, "sliding_attention")["rope_theta"]
-            ),
+            "rope_theta": rope_theta(1e6),
+            "local_rope_theta": local_rope_theta,
         },
         LLAMA_ONLY | {"use_bidirectional_attention": False},
         GEMMA,
@@ -685,9 +720,11 @@ FAMILIES = {
         | WINDOW
         | MOE
         | {
+            "rope_theta": rope_theta(1e6),
+            "window": lambda hf: window(HFConfig({"sliding_window": None} | hf)),
             "experts": experts(
                 d_ff="intermediate_size", n_experts="num_local_experts", top_k="num_experts_per_tok"
-            )
+            ),
         },
         LLAMA_ONLY,
         MIXTRAL,
@@ -695,7 +732,7 @@ FAMILIES = {
     "qwen3_moe": Family(
         zoo.QWEN3,
         LLAMA_FIELDS
-        | WINDOW
+        | QWEN_WINDOW
         | MOE
         | {
             "experts": experts(
@@ -713,6 +750,8 @@ FAMILIES = {
         LLAMA_FIELDS
         | MOE
         | {
+            "rope_theta": rope_theta(150_000.0),
+            "attention_bias": ("attention_bias", True),
             "activation": lambda hf: "swiglu_clamped",
             "window": window,
             "global_every": global_every(2),
@@ -729,7 +768,7 @@ FAMILIES = {
     "deepseek_v2": Family(
         zoo.DEEPSEEK,
         MLA | {"experts": experts(**DEEPSEEK_2)},
-        LLAMA_ONLY | {"moe_layer_freq": 1},
+        LLAMA_ONLY | {"moe_layer_freq": 1, "scoring_func": "softmax", "norm_topk_prob": False},
         DEEPSEEK,
     ),
     "deepseek_v3": Family(
@@ -737,7 +776,7 @@ FAMILIES = {
         MLA | {"experts": experts(**DEEPSEEK_3)},
         LLAMA_ONLY | {"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
         DEEPSEEK,
-        ignored=r"model\.layers\.61\..*",  # what predicts a second token
+        ignored=r".*rotary_emb\.inv_freq|model\.layers\.61\..*",  # it predicts a second token
     ),
 }
 """The families, by the model_type of their config.json."""

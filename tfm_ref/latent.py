@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tfm_ref.attention import attention_weights
 from tfm_ref.layers import RMSNorm
 from tfm_ref.multi_head import BACKENDS
-from tfm_ref.validation import check_dropout, check_size, check_tokens
+from tfm_ref.validation import check_choice, check_dropout, check_size, check_tokens
 
 
 class LatentAttention(nn.Module):
@@ -86,8 +86,7 @@ class LatentAttention(nn.Module):
         if q_lora_rank is not None:
             check_size("q_lora_rank", q_lora_rank)
         check_dropout(dropout)
-        if backend not in BACKENDS:
-            raise ValueError(f'backend must be one of {", ".join(BACKENDS)}; got "{backend}"')
+        check_choice("backend", backend, BACKENDS)
         self.scale, self.dropout, self.backend = scale, dropout, backend
 
         q_width, kv_width = n_heads * (head_dim + rope_head_dim), n_heads * (head_dim + v_head_dim)

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tfm_ref.validation import check_dropout, check_same_kind, check_size, check_tokens
+from tfm_ref.validation import (
+    check_choice,
+    check_dropout,
+    check_same_kind,
+    check_size,
+    check_tokens,
+)
 
 
 def _clamped_swish(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -159,10 +165,7 @@ class FeedForward(nn.Module):
         check_size("d_model", d_model)
         check_size("d_ff", d_ff)
         check_dropout(dropout)
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f'activation must be one of {", ".join(ACTIVATIONS)}; got "{activation}"'
-            )
+        check_choice("activation", activation, ACTIVATIONS)
         self.d_model, self.d_ff, self.activation, self.dropout = d_model, d_ff, activation, dropout
         self.gate_proj = nn.Linear(d_model, d_ff, bias=bias) if gated else None
         self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
@@ -213,8 +216,8 @@ class Block(nn.Module):
     ``x = x + attention(norm(x)) + feed_forward(norm(x))``.
 
     Args:
-        attention: a :class:`~tfm_ref.multi_head.MultiHeadAttention`, or what is called like it,
-            among the tokens.
+        attention: a :class:`~tfm_ref.multi_head.MultiHeadAttention`, or what is called like it
+            and has its ``d_model`` and ``o_proj``, among the tokens.
         feed_forward: any module of tokens (batch, length, d_model), such as a
             :class:`FeedForward`.
         cross_attention: a second attention, from the tokens to a context, between the two; a
@@ -271,11 +274,7 @@ class Block(nn.Module):
                     f"attention and {name} must have the same d_model; got {d_model} and {width}"
                 )
         check_dropout(dropout)
-        if norm_placement not in NORM_PLACEMENTS:
-            raise ValueError(
-                f"norm_placement must be one of {', '.join(NORM_PLACEMENTS)}; "
-                f'got "{norm_placement}"'
-            )
+        check_choice("norm_placement", norm_placement, NORM_PLACEMENTS)
         if parallel and (norm_placement != "pre" or cross_attention is not None):
             raise ValueError(
                 'a parallel block must have norm_placement "pre" and no cross_attention; got '

@@ -3,17 +3,16 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
-from tfm_ref.config import POSITIONS, TransformerConfig
+from tfm_ref.config import TransformerConfig
 from tfm_ref.layers import ACTIVATIONS
 from tfm_ref.masks import chunked_mask, sliding_window_mask
-from tfm_ref.validation import check_token_ids
+from tfm_ref.validation import check_mask, check_token_ids
 
 
 class Embedding(nn.Module):
@@ -82,11 +81,9 @@ class Stack(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.positions = POSITIONS[c.positions](c)
-        self.local_positions = None
+        self.positions, self.local_positions = c.new_positions(), None
         if c.local_rope_theta is not None:
-            local = replace(c, rope_theta=c.local_rope_theta, rope_scaling=None)
-            self.local_positions = POSITIONS["rope"](local)
+            self.local_positions = c.new_positions(is_local=True)
         self.embedding_norm = c.new_norm(c.d_model) if c.embedding_norm else None
         self.blocks = nn.ModuleList(c.new_block(layer) for layer in range(c.n_layers))
         self.norm = None if c.norm_placement == "post" else c.new_norm(c.d_model)
@@ -160,6 +157,9 @@ class Stack(nn.Module):
         if is_local:
             see = chunked_mask if c.chunked else sliding_window_mask
             window = see(x.shape[1], window=c.window, device=x.device)
+            if mask is not None:
+                scores = x.new_empty(()).expand(len(x), c.n_heads, *window.shape[2:])
+                check_mask(mask, scores)
             terms["mask"] = window if mask is None else mask & window
         elif not c.global_positions:
             return terms

@@ -12,6 +12,7 @@ from tfm_ref.attention import attention_weights, scaled_dot_product_attention
 from tfm_ref.masks import causal_mask
 from tfm_ref.validation import (
     check_bias,
+    check_choice,
     check_dropout,
     check_mask,
     check_qkv,
@@ -178,8 +179,7 @@ class MultiHeadAttention(nn.Module):
         check_dropout(dropout)
         if backend is None:
             backend = "sdpa" if softcap is None else "naive"
-        if backend not in BACKENDS:
-            raise ValueError(f'backend must be one of {", ".join(BACKENDS)}; got "{backend}"')
+        check_choice("backend", backend, BACKENDS)
         if softcap is not None:
             check_softcap(softcap)
             if backend == "sdpa":

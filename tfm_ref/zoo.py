@@ -9,7 +9,7 @@ from tfm_ref.config import Experts, Latent, TransformerConfig
 from tfm_ref.models import DecoderLM, Encoder, EncoderDecoder, build
 from tfm_ref.moe import MoELayer
 from tfm_ref.rotary import LinearScaling, Llama3Scaling, YaRNScaling
-from tfm_ref.validation import check_size
+from tfm_ref.validation import check_choice, check_size
 
 # What the models of a family have in common, beyond what the paper of 2017 does.
 GPT2 = {
@@ -99,6 +99,7 @@ PALM = LLAMA | {
     "parallel": True,
     "n_kv_heads": 1,
     "tied_embeddings": True,
+    "scale_logits": True,
 }
 QWEN2 = LLAMA | {"norm_eps": 1e-6, "attention_bias": "qkv"}
 QWEN3 = LLAMA | {"norm_eps": 1e-6, "qk_norm": True}
@@ -153,6 +154,10 @@ class Model(NamedTuple):
 LITGPT = "Lightning-AI/litgpt litgpt/config.py @26857050, which cites each config.json"
 GPT2_CARD = (
     "openai/gpt-2 model_card.md @9b63575 and src/model.py; karpathy/nanoGPT model.py @3adf61e"
+)
+BERT_PY = "google-research/bert README.md, modeling.py @eedf571"
+BERT_GELU = (
+    "modeling.py approximates GELU by tanh, as here; the public library computes it exactly."
 )
 T5_GIN = "google-research/text-to-text-transfer-transformer t5/models/gin @e081111, README.md"
 GEMMA_PY = "google/gemma_pytorch gemma/config.py @014acb7"
@@ -232,10 +237,16 @@ MODELS = {
         "neither is counted by parameters. The vocabulary is taken to be that of GPT-2.",
     ),
     "BERT-base": Model(
-        _bert(768, 12, 12, **_BERT), "110M", "google-research/bert README.md, modeling.py @eedf571"
+        _bert(768, 12, 12, **_BERT),
+        "110M",
+        BERT_PY,
+        note=BERT_GELU,
     ),
     "BERT-large": Model(
-        _bert(1024, 24, 16, **_BERT), "340M", "google-research/bert README.md, modeling.py @eedf571"
+        _bert(1024, 24, 16, **_BERT),
+        "340M",
+        BERT_PY,
+        note=BERT_GELU,
     ),
     "RoBERTa-base": Model(
         _bert(768, 12, 12, **_ROBERTA),
@@ -306,7 +317,7 @@ MODELS = {
             max_seq_len=2048,
         ),
         "540.35B",
-        "arXiv 2204.02311, Table 1 and section 2",
+        "arXiv 2204.02311, Table 1, section 2, and section 5 for the scale of the logits",
     ),
     "Llama-1-7B": Model(
         TransformerConfig(
@@ -711,8 +722,7 @@ def full_size(name: str) -> Encoder | DecoderLM | EncoderDecoder:
         >>> count_parameters(full_size("Mixtral-8x22B")).total
         140620634112
     """
-    if name not in MODELS:
-        raise ValueError(f'name must be one of {", ".join(MODELS)}; got "{name}"')
+    check_choice("name", name, MODELS)
     with torch.device("meta"):
         return build(MODELS[name].config)
 
