@@ -185,7 +185,7 @@ def test_a_checkpoint_without_the_prefix_of_its_body():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.norm.weight"), "stack.norm.weight is missing"),
+        (lambda t: t.pop("model.norm.weight"), "config: model.norm.weight is missing"),
         (lambda t: t.update(extra=torch.ones(1)), "extra is unexpected"),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(11)}),
@@ -217,8 +217,8 @@ def test_all_that_is_wrong_is_listed():
     del tensors["model.norm.weight"], tensors["lm_head.weight"]
     tensors |= {"one": torch.ones(1), "two": torch.ones(1)}
     message = (
-        "the tensors must be those of the config: stack.norm.weight is missing; "
-        "head.proj.weight is missing; one is unexpected; two is unexpected"
+        "the tensors must be those of the config: model.norm.weight is missing; "
+        "lm_head.weight is missing; one is unexpected; two is unexpected"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         from_hf(tensors, LLAMA)

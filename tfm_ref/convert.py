@@ -156,7 +156,7 @@ def from_hf(state_dict: Mapping[str, Tensor], hf: Mapping[str, object]) -> Model
     if any("pooler.dense" in name for name in state_dict):
         config = replace(config, pooler=True)
     table, matrix = state_dict.get("shared.weight"), state_dict.get("lm_head.weight")
-    if family.unties and matrix is not None and not torch.equal(table, matrix):
+    if family.unties and not any(t is None for t in (table, matrix)) and not table.equal(matrix):
         config = replace(config, tied_embeddings=False)
     with torch.device("meta"):
         model = build(config)
@@ -166,8 +166,8 @@ def from_hf(state_dict: Mapping[str, Tensor], hf: Mapping[str, object]) -> Model
         theirs = {family.prefix + name: t for name, t in theirs.items()}
     theirs = _stack_experts(theirs)
     wanted, found, wrong = model.state_dict(), {}, []
-    unread = set(theirs)
-    for ours, name, form, _ in _lines(family, model):
+    unread, lines = set(theirs), list(_lines(family, model))
+    for ours, name, form, _ in lines:
         if name not in theirs:
             continue
         unread.discard(name)
@@ -186,8 +186,10 @@ def from_hf(state_dict: Mapping[str, Tensor], hf: Mapping[str, object]) -> Model
         if matrix is not None and table is not None and not torch.equal(matrix, table):
             wrong.append("the matrix of the logits differs from the table that it is tied to")
         found["head.proj.weight"] = table
-    missing = [f"{name} is missing" for name in wanted if name not in found]
-    wrong += missing + [f"{name} is unexpected" for name in sorted(unread)]
+    spelled = {n: line.theirs for line in reversed(lines) for n in line.ours}
+    missing = dict.fromkeys(spelled[n] for n in wanted if n not in found)
+    wrong += [f"{name} is missing" for name in missing]
+    wrong += [f"{name} is unexpected" for name in sorted(unread)]
     if wrong:
         raise ValueError(f"the tensors must be those of the config: {'; '.join(wrong)}")
     model.load_state_dict(found, assign=True)

@@ -156,9 +156,7 @@ GPT2_CARD = (
     "openai/gpt-2 model_card.md @9b63575 and src/model.py; karpathy/nanoGPT model.py @3adf61e"
 )
 BERT_PY = "google-research/bert README.md, modeling.py @eedf571"
-BERT_GELU = (
-    "modeling.py approximates GELU by tanh, as here; the public library computes it exactly."
-)
+BERT_GELU = "modeling.py approximates GELU by tanh, as here; the public library is exact."
 T5_GIN = "google-research/text-to-text-transfer-transformer t5/models/gin @e081111, README.md"
 GEMMA_PY = "google/gemma_pytorch gemma/config.py @014acb7"
 DEEPSEEK_JSON = "deepseek-ai/DeepSeek-V3 inference/configs @9b4e978"
