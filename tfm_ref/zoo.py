@@ -618,7 +618,8 @@ MODELS = {
         "meta-pytorch/torchtune torchtune/models/llama4/_model_builders.py @bd2a0fc; "
         "meta-llama/llama-models models/llama4/MODEL_CARD.md @a9c89c4",
         stated_active="17B",
-        note="Without its vision encoder.",
+        note="Without its vision encoder. Built to be counted: that its layers with RoPE normalise "
+        "queries and keys, and the others scale late queries, takes no parameter and is left out.",
     ),
     "gpt-oss-120b": Model(
         TransformerConfig(

@@ -9,7 +9,7 @@ from parity.cases import CASES
 from torch.testing import assert_close
 from transformers import DynamicCache
 
-from tfm_ref import convert
+from tfm_ref import attention_maps, convert
 from tfm_ref.masks import padding_mask
 
 BATCH, LENGTH, SOURCE = 3, 11, 13
@@ -77,6 +77,27 @@ def test_logits_and_all_hidden_states(case, dtype):
         assert_close([*target], [*expected.decoder_hidden_states], **near)
     else:
         assert_close(ours.hidden_states(*tokens), [*expected.hidden_states], **near)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@torch.no_grad()
+def test_attention_maps(case):
+    """In every layer, with its windows, biases and sinks, the weights are theirs."""
+    ours, theirs = pair(case)
+    tokens, named = arguments(case)
+    expected = theirs(**named, output_attentions=True)
+    maps = attention_maps(ours, *tokens)
+    if case.kind == "both":
+        stacks = "encoder", "decoder", "cross"
+        kinds = [expected[f"{name}_attentions"] for name in stacks]
+        mine = [
+            [w for name, w in maps.items() if name.startswith("encoder")],
+            [w for name, w in maps.items() if name.startswith("dec") and "cross" not in name],
+            [w for name, w in maps.items() if "cross" in name],
+        ]
+    else:
+        kinds, mine = [expected.attentions], [[*maps.values()]]
+    assert_close(mine, [[*kind] for kind in kinds], **tolerance(case, torch.float32))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
