@@ -385,6 +385,41 @@ def test_each_sublayer_has_a_norm_of_its_own():
     assert build().norm_placement == "pre"
 
 
+def test_norms_on_both_sides_by_hand():
+    block, x = redraw(build(cross=True, norm_placement="both")), draw(B, N, D)
+    context = draw(B, M, D, seed=1)
+    y = x + block.attention_output_norm(block.attention(block.attention_norm(x)))
+    found = block.cross_attention(block.cross_attention_norm(y), context)
+    y = y + block.cross_attention_output_norm(found)
+    y = y + block.feed_forward_output_norm(block.feed_forward(block.feed_forward_norm(y)))
+    assert_close(block(x, context), y)
+    for norm_placement in "pre", "post":
+        names = [name for name, _ in build(norm_placement=norm_placement).named_modules()]
+        assert not any("output_norm" in name for name in names)
+
+
+def test_parallel_by_hand():
+    """Attention and feed-forward read the same normalised tokens; there is one norm."""
+    block, x = redraw(build(parallel=True)), draw(B, N, D)
+    normed = block.attention_norm(x)
+    attended = block.attention(normed, is_causal=True)
+    assert_close(block(x, is_causal=True), x + attended + block.feed_forward(normed))
+    assert block.feed_forward_norm is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"norm_placement": "mid"}, "norm_placement must be one of pre, post, both"),
+        ({"parallel": True, "norm_placement": "post"}, 'and no cross_attention; got "post" and n'),
+        ({"parallel": True, "cross": True}, 'and no cross_attention; got "pre" and one'),
+    ],
+)
+def test_placements_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(**settings)
+
+
 @pytest.mark.parametrize("norm_placement", ["pre", "post"])
 def test_rotation_reaches_the_attention_and_no_other(norm_placement):
     """Queries and keys among the tokens are turned, those of the cross-attention are not."""

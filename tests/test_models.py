@@ -125,6 +125,18 @@ def test_positions_are_passed_on():
     assert torch.equal(learned(ids(N)), learned(ids(N), positions=torch.arange(N)[None]))
 
 
+def test_both_stacks_are_told_their_positions():
+    model = made(replace(BOTH, positions="learned", max_seq_len=20))
+    shift = torch.arange(20)[None]
+    y = model(ids(M), ids(N))
+    assert torch.equal(
+        y,
+        model(ids(M), ids(N), source_positions=shift[:, :M], target_positions=shift[:, :N]),
+    )
+    assert not torch.allclose(y, model(ids(M), ids(N), source_positions=shift[:, 1 : M + 1]))
+    assert not torch.allclose(y, model(ids(M), ids(N), target_positions=shift[:, 1 : N + 1]))
+
+
 def test_the_first_position_moves_all():
     config = replace(DECODER, positions="learned", max_seq_len=9, first_position=2)
     model, plain = made(config), made(replace(config, first_position=0))
@@ -230,6 +242,7 @@ def test_hidden_states(norm_placement):
     assert torch.equal(model.head(states[-1]), model(ids(N)))
     assert_close(states[0], model.stack.embedding_norm(model.embedding(ids(N))))
     assert (model.stack.norm is None) == (norm_placement == "post")
+    assert {block.norm_placement for block in model.stack.blocks} == {norm_placement}
 
 
 # --- embedding and head
