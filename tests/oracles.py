@@ -1,9 +1,12 @@
-"""What tests against other implementations share: parameters that matter, all gradients."""
+"""What tests share: parameters that matter, all gradients, and every model made tiny."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+
+from tfm_ref.config import TransformerConfig
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -29,3 +32,27 @@ def values_and_gradients(
     gradients = torch.autograd.grad(y.square().sum(), (*tokens, *parameters.values()))
     named = dict(zip(parameters, gradients[len(tokens) :], strict=True))
     return y, gradients[: len(tokens)], named
+
+
+def tiny(config: TransformerConfig) -> TransformerConfig:
+    """Keep all that a model does, and make it small."""
+    ratio = 1 if config.n_kv_heads is None else config.n_heads // config.n_kv_heads
+    least = {"vocab_size": 13, "d_model": 24, "n_heads": 4, "head_dim": 8}
+    kept = {
+        "n_kv_heads": None if config.n_kv_heads is None else max(1, 4 // ratio),
+        "n_layers": config.global_every or 2,
+        "n_encoder_layers": min(config.n_encoder_layers, 2),
+        "d_ff": None if config.d_ff is None else 10,
+        "max_seq_len": 16,
+        "window": None if config.window is None else 3,
+    }
+    if config.latent is not None:
+        ranks = {"kv_lora_rank": 7, "q_lora_rank": 5, "rope_head_dim": 4, "v_head_dim": 6}
+        kept["latent"] = replace(config.latent, **ranks)
+    if config.experts is not None:
+        experts = config.experts
+        dense = min(experts.n_dense_layers, 1)
+        few = {"d_ff": 6, "n_experts": 16, "n_dense_layers": dense}
+        kept["experts"] = replace(experts, **few, top_k=min(experts.top_k, 3))
+        kept["d_ff"] = 10 if dense else None
+    return replace(config, **least, **kept)

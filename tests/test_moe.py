@@ -27,7 +27,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from tfm_ref import Block, FeedForward, MoELayer, MultiHeadAttention, RMSNorm, Router
 from tfm_ref.layers import ACTIVATIONS, activate
-from tfm_ref.moe import BACKENDS, SCORES, sorted_by_expert
+from tfm_ref.moe import BACKENDS, SCORES
 
 B, N, D, FF, E, K = 3, 5, 8, 6, 8, 3
 TOKENS = 20
@@ -457,7 +457,16 @@ def test_backends_agree(form, device):
     fast.backend = "sorted"
     x = draw(B, N, D, seed=9).double().to(device)
     assert_close(values_and_gradients(naive, naive, x), values_and_gradients(fast, fast, x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backend_is_the_one_asked_for(backend, monkeypatch):
     assert MoELayer(**SIZES).backend == "sorted"
+    monkeypatch.setitem(BACKENDS, backend, lambda experts, x, indices, weights: 7 * x)
+    x = draw(B, N, D)
+    assert torch.equal(MoELayer(**SIZES, backend=backend)(x), 7 * x)
+    others = [name for name in BACKENDS if name != backend]
+    assert not any(torch.equal(MoELayer(**SIZES, backend=name)(x), 7 * x) for name in others)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -505,7 +514,9 @@ def test_experts_nobody_chose_do_not_run():
     experts = [partial(expert, number) for number in range(E)]
     indices, weights = torch.tensor([[5, 2], [2, 0]]), torch.tensor([[1.0, 2], [3, 4]])
     x = torch.ones(2, D)
-    assert torch.equal(sorted_by_expert(experts, x, indices, weights)[:, 0], torch.tensor([3.0, 7]))
+    assert torch.equal(
+        BACKENDS["sorted"](experts, x, indices, weights)[:, 0], torch.tensor([3.0, 7])
+    )
     assert called == [0, 2, 5]
 
 
@@ -609,6 +620,12 @@ def test_outputs_are_summed_in_float32(backend):
         ({"bias": True, "gated": False}, E * D, 2 * D * FF + FF + D, 0),
         ({"n_shared": 2}, E * D, 3 * D * FF, 6 * D * FF),
         ({"n_shared": 2, "d_ff_shared": 5}, E * D, 3 * D * FF, 30 * D),
+        (
+            {"n_shared": 2, "bias": True},
+            E * D,
+            3 * D * FF + 2 * FF + D,
+            6 * D * FF + 4 * FF + D,
+        ),
         ({"choice_bias": True, "top_k": 5}, E * D, 3 * D * FF, 0),
     ],
 )

@@ -336,7 +336,7 @@ def test_yarn_temperature_acts_on_scores_squared():
             "original_length must be an integer of at least 1; got 0",
         ),
         (
-            lambda: YaRNScaling(factor=2.0, original_length=64, beta_slow=32),
+            lambda: YaRNScaling(factor=2.0, original_length=64, beta_slow=33),
             "0 < beta_slow <= beta_fast must hold; got beta_slow 33 and beta_fast 32.0",
         ),
         (
@@ -344,7 +344,7 @@ def test_yarn_temperature_acts_on_scores_squared():
             "must hold; got low_freq_factor 0.0 and high_freq_factor 4.0",
         ),
         (
-            lambda: Llama3Scaling(low_freq_factor=4.0),
+            lambda: Llama3Scaling(low_freq_factor=5.0),
             "must hold; got low_freq_factor 5.0 and high_freq_factor 4.0",
         ),
         (

@@ -266,7 +266,7 @@ class TransformerConfig:
             if getattr(self, name) is not None:
                 check_size(name, getattr(self, name))
         if self.positions == "learned" and self.max_seq_len is None:
-            raise ValueError('positions = "learned" needs max_seq_len to be given; got None')
+            raise ValueError("positions = 'learned' needs max_seq_len to be given; got None")
         if self.logit_softcap is not None:
             check_softcap(self.logit_softcap)
         n_dense = self.n_layers if self.experts is None else self.experts.n_dense_layers
@@ -278,9 +278,10 @@ class TransformerConfig:
             )
         check_dropout(self.dropout)
         with torch.device("meta"):  # what a layer refuses is refused here
-            POSITIONS[self.positions](self)
             for layer in {0, self.n_layers - 1}:
                 self.new_block(layer)
+        if self.positions != "learned":  # whose table can be large
+            POSITIONS[self.positions](self)
 
     @property
     def turned(self) -> int:

@@ -293,6 +293,9 @@ def check_sinks(sinks: Tensor, scores: Tensor) -> None:
 def check_token_ids(name: str, tokens: Tensor, vocab_size: int) -> None:
     """Refuse what are not numbers of tokens.
 
+    The numbers are read only where they are at hand: neither on the meta device nor in a graph
+    that is being compiled.
+
     Args:
         name: what the message calls them.
         tokens: the numbers to check.
@@ -312,7 +315,7 @@ def check_token_ids(name: str, tokens: Tensor, vocab_size: int) -> None:
             f"{name} must be int64 or int32 of shape (batch, length) and not be empty; "
             f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
         )
-    if tokens.is_meta:
+    if tokens.is_meta or torch.compiler.is_compiling():
         return
     lowest, highest = (int(number) for number in tokens.aminmax())
     if lowest < 0 or highest >= vocab_size:

@@ -168,7 +168,7 @@ def _gpt2(stated: str, d_model: int, n_layers: int, n_heads: int) -> Model:
 
 def _bert(d_model: int, n_layers: int, n_heads: int, **own: object) -> TransformerConfig:
     sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "d_ff": 4 * d_model}
-    return TransformerConfig(**BERT, **sizes, max_seq_len=512, **own)
+    return TransformerConfig(**BERT | sizes | own, max_seq_len=512)
 
 
 def _t5(stated: str, d_model: int, n_layers: int, n_heads: int, head_dim: int, d_ff: int) -> Model:
@@ -177,7 +177,13 @@ def _t5(stated: str, d_model: int, n_layers: int, n_heads: int, head_dim: int, d
     return Model(TransformerConfig(**T5, **sizes, **layers, vocab_size=32128), stated, T5_GIN)
 
 
-_BERT = {"vocab_size": 30522, "n_segments": 2, "pooler": True, "norm_eps": 1e-12}
+_BERT = {
+    "vocab_size": 30522,
+    "n_segments": 2,
+    "pooler": True,
+    "norm_eps": 1e-12,
+    "activation": "gelu_tanh",
+}
 _ROBERTA = {"vocab_size": 50265, "n_segments": 1, "first_position": 2}
 _GEMMA2 = GEMMA2 | {"vocab_size": 256000, "max_seq_len": 8192}
 _GEMMA3 = GEMMA3 | {"vocab_size": 262144, "max_seq_len": 131072, "window": 1024}
@@ -618,7 +624,8 @@ MODELS = {
         "meta-pytorch/torchtune torchtune/models/llama4/_model_builders.py @bd2a0fc; "
         "meta-llama/llama-models models/llama4/MODEL_CARD.md @a9c89c4",
         stated_active="17B",
-        note="Without its vision encoder.",
+        note="Without its vision encoder. Built to be counted: that its layers with RoPE normalise "
+        "queries and keys, and the others scale late queries, takes no parameter and is left out.",
     ),
     "gpt-oss-120b": Model(
         TransformerConfig(

@@ -12,7 +12,11 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 from einops import rearrange
+from oracles import tiny
 from torch import Tensor, nn
+
+from tfm_ref import MODELS, TransformerConfig, padding_mask
+from tfm_ref.config import POSITIONS
 
 D_MODEL = 6
 MODULES = (
@@ -28,7 +32,7 @@ MODULES = (
 """The modules of tfm_ref under test, each after those that it imports."""
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-TRAITS = {"cross", "mask", "bias", "scale", "weights", "unordered", *DTYPES}
+TRAITS = {"cross", "mask", "bias", "scale", "weights", "unordered", "whole", *DTYPES}
 """What an implementation may lack; a check names those that it needs."""
 
 
@@ -74,10 +78,13 @@ def project(attend: Callable, weigh: Callable) -> Projected:
     return Projected(attend, weigh, 4, 2, **projections)
 
 
-def naive_weights(q, k, *, mask=None, is_causal=False, bias=None, scale=None):
+def naive_weights(
+    q, k, *, mask=None, is_causal=False, bias=None, scale=None, softcap=None, sinks=None
+):
     """The equation, literally: e^score of each allowed key, over their sum; 0 without any."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores if bias is None else scores + bias
     allowed = torch.ones_like(scores, dtype=torch.bool)
     if is_causal:
@@ -86,6 +93,11 @@ def naive_weights(q, k, *, mask=None, is_causal=False, bias=None, scale=None):
         allowed = allowed & mask
     scores = scores.where(allowed, -torch.inf)
     top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min).detach()
+    if sinks is not None:
+        sinks = sinks[:, None, None].to(scores.dtype)
+        top = torch.maximum(top, sinks).detach()
+        e = (scores - top).exp()
+        return e / (e.sum(-1, keepdim=True) + (sinks - top).exp())
     e = (scores - top).exp()
     return e / e.sum(-1, keepdim=True).clamp(min=0.5)  # the sum is at least 1, or 0
 
@@ -101,6 +113,32 @@ def same_projections(model: nn.Module, a: "Implementation") -> nn.Module:
     return Projected(naive, naive_weights, a.n_heads, a.n_kv_heads or a.n_heads, **projections)
 
 
+class PlainModern(nn.Module):
+    """Attention literally with what a layer may add: norms of q and k, scale, softcap, sinks."""
+
+    def __init__(self, model: nn.Module, a: "Implementation"):
+        super().__init__()
+        self.model = model
+        self.heads = a.n_heads, a.n_kv_heads or a.n_heads, a.n_kv_heads or a.n_heads
+        self.form = {"scale": model.scale, "softcap": model.softcap, "sinks": model.sinks}
+
+    def forward(self, x, context=None, *, rotation=None, **terms) -> Tensor:
+        q, k, v = self._heads(x, context, rotation)
+        y = naive(q, k, v, **terms, **self.form)
+        return self.model.o_proj(torch.cat(y.unbind(1), -1))
+
+    def attention_weights(self, x, context=None, *, rotation=None, **terms) -> Tensor:
+        return naive_weights(*self._heads(x, context, rotation)[:2], **terms, **self.form)
+
+    def _heads(self, x: Tensor, context: Tensor | None, rotation: Callable | None) -> list[Tensor]:
+        model, context = self.model, x if context is None else context
+        flat = model.q_proj(x), model.k_proj(context), model.v_proj(context)
+        q, k, v = (torch.stack(t.chunk(h, -1), 1) for t, h in zip(flat, self.heads, strict=True))
+        if model.q_norm is not None:
+            q, k = plain_norm(model.q_norm, q), plain_norm(model.k_norm, k)
+        return [q, k, v] if rotation is None else [rotation(q), rotation(k), v]
+
+
 class PlainLatent(nn.Module):
     """MLA literally, with a matrix for each letter of the report, and a head after the other."""
 
@@ -110,10 +148,13 @@ class PlainLatent(nn.Module):
 
     def forward(self, x, context=None, *, rotation=None, **terms) -> Tensor:
         q, k, v = self._heads(x, context, rotation)
-        return self.model.o_proj(torch.cat(naive(q, k, v, **terms).unbind(1), -1))
+        return self.model.o_proj(
+            torch.cat(naive(q, k, v, **terms, scale=self.model.scale).unbind(1), -1)
+        )
 
     def attention_weights(self, x, context=None, *, rotation=None, **terms) -> Tensor:
-        return naive_weights(*self._heads(x, context, rotation)[:2], **terms)
+        q, k, _ = self._heads(x, context, rotation)
+        return naive_weights(q, k, **terms, scale=self.model.scale)
 
     def _heads(self, x: Tensor, context: Tensor | None, rotation: Callable | None) -> list[Tensor]:
         model, turn = self.model, rotation or (lambda t: t)
@@ -237,6 +278,7 @@ class Implementation:
 
     ``build`` makes a module that is called with ``x``, in cross-attention also ``context``, and
     with ``mask``, ``is_causal``, ``bias`` and ``scale``; ``lacks`` names what it cannot do.
+    ``far`` is how far a shift of all positions may move a number, since angles are float32.
     ``equation`` gives the equation with the module's weights; ``decode`` runs a sequence in
     chunks, with a cache if there is one.
 
@@ -253,6 +295,7 @@ class Implementation:
     lacks: frozenset[str] = frozenset()
     equation: Callable[[nn.Module, "Implementation"], nn.Module] = same_projections
     decode: Callable[[nn.Module, Tensor, list[int]], Iterator[Tensor]] = by_prefix
+    far: float = 1e-7
     device: str = "cpu"
 
     def __str__(self) -> str:
@@ -312,6 +355,11 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
             decode=by_context,
         )
 
+    def modern(name: str, **settings) -> Implementation:
+        settings = {"qk_norm": package.layers.RMSNorm, "scale": 0.7, "sinks": True, **settings}
+        inner = heads(name, 4, n_kv_heads=2, **free, **settings)
+        return replace(inner, lacks=inner.lacks | {"whole"}, equation=PlainModern)
+
     def latent(name: str, n_heads: int, **settings) -> Implementation:
         sizes = {"head_dim": 3, "rope_head_dim": 4, "v_head_dim": 5, "kv_lora_rank": 4, **settings}
         return replace(
@@ -367,6 +415,8 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
                 heads(f"{backend}, MQA, qkv bias", 2, n_kv_heads=1, bias="qkv", backend=backend),
             )
         ],
+        modern("sdpa, QK-norm, sinks"),
+        modern("naive, QK-norm, sinks, softcap", softcap=1.5),
         placed(rotary, lambda scheme: PlainRotary(), heads("", 4, n_kv_heads=2, head_dim=4)),
         placed(alibi, partial(PlainBias, number=of_alibi), heads("", 4, head_dim=3)),
         placed(t5, partial(PlainBias, number=of_t5), heads("", 4, head_dim=3, backend="naive")),
@@ -386,3 +436,43 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
             )
         ],
     ]
+
+
+def of_the_zoo() -> list[Implementation]:
+    """List the attention of the public models, tiny, with their positions, each kind once."""
+    kinds = {}
+    for name, model in MODELS.items():
+        config = replace(tiny(model.config), d_model=D_MODEL)
+        latent, sinks = config.latent is not None, config.sinks
+        attention = PlainLatent if latent else PlainModern
+
+        def build(config: TransformerConfig = config) -> nn.Module:
+            acts = config.positions in ("rope", "alibi", "t5")
+            scheme = POSITIONS[config.positions if acts else "none"](config)
+            return Positioned(config.new_attention(), scheme)
+
+        def equation(model: nn.Module, a: Implementation, attention=attention) -> nn.Module:
+            return Positioned(attention(model.attention, a), model.scheme)
+
+        kind = [getattr(config, field) for field in ATTENTION_FIELDS]
+        implementation = Implementation(
+            name,
+            build,
+            padding_mask,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            lacks=frozenset({"scale", "bias", "unordered", *(["whole"] if sinks else [])}),
+            equation=equation,
+            decode=by_context,
+            far=1e-5,
+        )
+        kinds.setdefault(repr(kind), implementation)
+    return list(kinds.values())
+
+
+ATTENTION_FIELDS = (
+    *("n_heads", "n_kv_heads", "head_dim", "attention_bias", "qk_norm", "attention_scale"),
+    *("attention_softcap", "sinks", "latent", "positions", "rope_theta", "rope_dim"),
+    *("rope_interleaved", "rope_scaling", "t5_buckets", "t5_max_distance"),
+)
+"""What of a config the attention and its positions depend on."""

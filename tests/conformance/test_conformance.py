@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 from conformance import checks
-from conformance.implementations import DTYPES, TRAITS, implementations
+from conformance.implementations import DTYPES, TRAITS, implementations, of_the_zoo
 
 import tfm_ref
 
-IMPLEMENTATIONS = implementations(tfm_ref)
+IMPLEMENTATIONS = implementations(tfm_ref) + of_the_zoo()
 
 
 @pytest.mark.parametrize(
@@ -40,4 +40,4 @@ def test_only_what_is_not_offered_is_left_out(implementation):
     if not hasattr(model, "attention_weights"):
         lacks.add("weights")
     assert implementation.lacks <= TRAITS
-    assert implementation.lacks - {"unordered", *DTYPES} == lacks
+    assert implementation.lacks - {"unordered", "whole", *DTYPES} == lacks

@@ -25,13 +25,14 @@ class Mutant(NamedTuple):
 
 
 SOFTMAX = "return scores.softmax(-1)\n"
-FILL = "scores.masked_fill(~mask, -torch.inf).masked_fill(blind, 0.0).softmax(-1)"
-ZERO = "weights.masked_fill(~mask, 0.0)"
+FILL = "scores.masked_fill(~mask, -torch.inf).masked_fill(blind, 0.0)"
+ZERO = "_normalise(scores, sinks).masked_fill(~mask, 0.0)"
 WEIGH = 'einsum(weights, _share(v, q.shape[1]), "b h n m, b h m v -> b h n v")'
 SCALE = "q.shape[-1] ** -0.5 if scale is None else scale"
 CAUSAL = "(j <= i)[None, None]"
 ASKED = "if is_causal:"
 JOIN = "mask & causal"
+CAP = "        scores = softcap * (scores / softcap).tanh()\n"
 BIAS = "scores = scores + bias"
 CHECK = "check_mask(mask, scores)\n    if"
 KV = "self.k_proj(x), self.v_proj(x)"
@@ -71,8 +72,14 @@ MUTANTS = [
         ("fused, the scale is lost", "equation", "scale=scale,\n        enable", "enable"),
         ("no gradient through weights", "gradients", WEIGH, WEIGH.replace("s,", "s.detach(),")),
         ("softmax over queries", "weights", SOFTMAX, SOFTMAX.replace("-1", "-2")),
-        ("masked softmax over queries", "weights", FILL, FILL.replace("-1", "-2")),
-        ("weights not normalised", "weights", FILL, FILL.replace("softmax(-1)", "exp()")),
+        ("weights not normalised", "weights", SOFTMAX, "return scores.exp()\n"),
+        ("the sink is lost", "equation", "if sinks is None:\n", "if True:\n"),
+        ("the sink takes all", "equation", "softmax(-1)[..., :-1]", "softmax(-1)[..., 1:]"),
+        ("fused, the sink gives keys", "equation", "(0, 0, 0, 1))\n", "(0, 0, 0, 1), value=1)\n"),
+        ("softcap after the bias", "equation", CAP, ""),
+        ("softcap without its size", "equation", "softcap * (scores", "(scores"),
+        ("queries without norm", "equation", "self.q_norm(q), self", "q, self"),
+        ("one norm for both", "equation", "self.k_norm(k)", "self.q_norm(k)"),
         ("bias subtracted", "bias", BIAS, "scores = scores - bias"),
         ("bias scaled", "bias", BIAS, "scores = scores + bias * q.shape[-1] ** -0.5"),
         ("scale 0 taken for absent", "scale", SCALE, "scale or q.shape[-1] ** -0.5"),
@@ -85,7 +92,7 @@ MUTANTS = [
             "gradient leaks from the future",
             "causality_of_gradients",
             f"return {ZERO}",
-            f"return {ZERO} + (scores - scores.detach())",
+            f"return {ZERO} + (k - k.detach()).sum()",
         ),
         ("mask inverted", "mask_meaning", FILL, FILL.replace("~", "")),
         ("mask transposed", "mask_meaning", FILL, FILL.replace("~mask", "~mask.mT")),
@@ -93,7 +100,7 @@ MUTANTS = [
             "mask added",
             "mask_meaning",
             f"{FILL}\n    return {ZERO}",
-            "(scores + mask).softmax(-1)\n    return weights",
+            "(scores + mask)\n    return _normalise(scores, sinks)",
         ),
         (
             "mask ignored where lengths differ",
@@ -103,13 +110,13 @@ MUTANTS = [
         ),
         ("or instead of and", "causal_and_mask", JOIN, "mask | causal"),
         ("mask dropped if causal", "causal_and_mask", JOIN, "causal"),
-        ("blind query takes the mean", "nothing_to_see", ZERO, "weights"),
+        ("blind query takes the mean", "nothing_to_see", ZERO, "_normalise(scores, sinks)"),
         ("fused, it takes the mean", "nothing_to_see", "y.masked_fill(blind, 0.0)", "y"),
         (
             "blind query gives NaN",
             "nothing_to_see",
             f"{FILL}\n    return {ZERO}",
-            "scores.masked_fill(~mask, -torch.inf).softmax(-1)\n    return weights",
+            "scores.masked_fill(~mask, -torch.inf)\n    return _normalise(scores, sinks)",
         ),
         ("blind query passes a NaN back", "nothing_to_see", ".masked_fill(blind, 0.0)", ""),
         (
@@ -142,7 +149,7 @@ MUTANTS = [
             "return scores.exp() / scores.exp().sum(-1, keepdim=True)\n",
         ),
         ("output in float32", "dtype_and_device", WEIGH, f"{WEIGH}.float()"),
-        ("weights in bfloat16", "low_precision", FILL, f"{FILL}.bfloat16().to(q.dtype)"),
+        ("scores in bfloat16", "low_precision", FILL, f"{FILL}.bfloat16().to(q.dtype)"),
         (
             "a buffer in the state",
             "state",

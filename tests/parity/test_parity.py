@@ -9,11 +9,11 @@ from parity.cases import CASES
 from torch.testing import assert_close
 from transformers import DynamicCache
 
-from tfm_ref import convert
+from tfm_ref import attention_maps, convert
 from tfm_ref.masks import padding_mask
 
-BATCH, LENGTH, SOURCE = 3, 11, 13
-REAL = torch.tensor([LENGTH, 7, 2])  # tokens that are no padding, in each sequence
+BATCH, LENGTH, SOURCE = 3, 21, 23
+REAL = torch.tensor([LENGTH, 13, 2])  # tokens that are no padding, in each sequence
 
 
 def public(case, dtype=torch.float32):
@@ -21,6 +21,9 @@ def public(case, dtype=torch.float32):
     theirs = case.build()
     fixed = {n: p.clone() for n, p in theirs.named_parameters() if n in case.fixed(theirs)}
     redraw(theirs)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p *= case.spread
     theirs.load_state_dict(fixed, strict=False)
     for name, copied in case.copies.items():
         theirs.get_parameter(name).data = theirs.get_parameter(copied).data
@@ -80,6 +83,27 @@ def test_logits_and_all_hidden_states(case, dtype):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@torch.no_grad()
+def test_attention_maps(case):
+    """In every layer, with its windows, biases and sinks, the weights are theirs."""
+    ours, theirs = pair(case)
+    tokens, named = arguments(case)
+    expected = theirs(**named, output_attentions=True)
+    maps = attention_maps(ours, *tokens)
+    if case.kind == "both":
+        stacks = "encoder", "decoder", "cross"
+        kinds = [expected[f"{name}_attentions"] for name in stacks]
+        mine = [
+            [w for name, w in maps.items() if name.startswith("encoder")],
+            [w for name, w in maps.items() if name.startswith("dec") and "cross" not in name],
+            [w for name, w in maps.items() if "cross" in name],
+        ]
+    else:
+        kinds, mine = [expected.attentions], [[*maps.values()]]
+    assert_close(mine, [[*kind] for kind in kinds], **tolerance(case, torch.float32))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients(case):
     """What one step would change in theirs, it changes in ours: in units of the largest change."""
     ours, theirs = pair(case, torch.float64)
@@ -133,7 +157,7 @@ def test_padding(case, side):
 def test_their_cache_gives_what_we_compute_anew(case):
     ours, theirs = pair(case)
     tokens, cache, steps = ids(LENGTH), DynamicCache(config=theirs.config), []
-    for start, stop in [(0, 4), (4, 5), (5, 9), (9, 10), (10, 11)]:
+    for start, stop in [(0, 9), (9, 10), (10, 19), (19, 20), (20, LENGTH)]:
         chunk = theirs(tokens[:, start:stop], past_key_values=cache, use_cache=True)
         steps.append(chunk.logits)
     assert_close(ours(tokens), torch.cat(steps, 1), **tolerance(case, torch.float32))

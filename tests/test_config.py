@@ -1,0 +1,251 @@
+"""Configs: every choice does something, and choices that contradict each other are refused."""
+
+import re
+from dataclasses import FrozenInstanceError, fields, replace
+
+import pytest
+import torch
+
+from tfm_ref import Experts, Latent, TransformerConfig, YaRNScaling, build
+from tfm_ref.config import RULES
+
+SIZES = {"vocab_size": 11, "d_model": 12, "n_layers": 3, "n_heads": 4, "d_ff": 10}
+BASE = TransformerConfig(**SIZES)
+ROPE = replace(BASE, positions="rope", head_dim=4, norm_placement="pre", window=2, global_every=2)
+LEARNED = replace(BASE, positions="learned", max_seq_len=9)
+EXPERTS = {"d_ff": None, "experts": Experts(d_ff=5, n_experts=4, top_k=2)}
+LATENT = {
+    "head_dim": 3,
+    "latent": Latent(kv_lora_rank=5, rope_head_dim=4, v_head_dim=2),
+}
+TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 9, 7]])
+
+CHANGES = {  # one field, from a config in which it can do something
+    "vocab_size": (BASE, {"vocab_size": 12}),
+    "d_model": (BASE, {"d_model": 16}),
+    "n_layers": (BASE, {"n_layers": 2}),
+    "n_heads": (BASE, {"n_heads": 2}),
+    "d_ff": (BASE, {"d_ff": 9}),
+    "n_encoder_layers": (BASE, {"n_encoder_layers": 1}),
+    "is_causal": (BASE, {"is_causal": False}),
+    "max_seq_len": (LEARNED, {"max_seq_len": 10}),
+    "n_segments": (BASE, {"n_segments": 2}),
+    "scale_embeddings": (BASE, {"scale_embeddings": False}),
+    "embedding_norm": (BASE, {"embedding_norm": True}),
+    "tied_embeddings": (BASE, {"tied_embeddings": False}),
+    "head_transform": (BASE, {"head_transform": True}),
+    "head_bias": (BASE, {"head_bias": True}),
+    "scale_logits": (BASE, {"scale_logits": True}),
+    "logit_softcap": (BASE, {"logit_softcap": 2.0}),
+    "pooler": (replace(BASE, is_causal=False), {"pooler": True}),
+    "positions": (BASE, {"positions": "none"}),
+    "first_position": (LEARNED, {"first_position": 2}),
+    "sinusoid_halves": (BASE, {"sinusoid_halves": True}),
+    "rope_theta": (ROPE, {"rope_theta": 50.0}),
+    "rope_dim": (ROPE, {"rope_dim": 2}),
+    "rope_interleaved": (ROPE, {"rope_interleaved": True}),
+    "rope_scaling": (ROPE, {"rope_scaling": YaRNScaling(factor=2.0, original_length=4)}),
+    "t5_buckets": (replace(BASE, positions="t5"), {"t5_buckets": 4}),
+    "t5_max_distance": (replace(BASE, positions="t5", t5_buckets=4), {"t5_max_distance": 3}),
+    "norm": (BASE, {"norm": "rms_norm"}),
+    "norm_eps": (BASE, {"norm_eps": 0.5}),
+    "norm_placement": (BASE, {"norm_placement": "both"}),
+    "parallel": (ROPE, {"parallel": True}),
+    "n_kv_heads": (BASE, {"n_kv_heads": 2}),
+    "head_dim": (BASE, {"head_dim": 5}),
+    "attention_bias": (BASE, {"attention_bias": "qkv"}),
+    "qk_norm": (BASE, {"qk_norm": True}),
+    "attention_scale": (BASE, {"attention_scale": 3.0}),
+    "attention_softcap": (BASE, {"attention_softcap": 0.1}),
+    "sinks": (BASE, {"sinks": True}),
+    "window": (BASE, {"window": 2}),
+    "chunked": (ROPE, {"chunked": True}),
+    "global_every": (ROPE, {"global_every": 3}),
+    "global_positions": (ROPE, {"global_positions": False}),
+    "local_rope_theta": (ROPE, {"local_rope_theta": 50.0}),
+    "latent": (ROPE, LATENT),
+    "activation": (BASE, {"activation": "gelu"}),
+    "gated": (BASE, {"gated": True}),
+    "feed_forward_bias": (BASE, {"feed_forward_bias": False}),
+    "experts": (BASE, EXPERTS),
+    "dropout": (BASE, {"dropout": 0.5}),
+    "attention_dropout": (BASE, {"attention_dropout": 0.5}),
+}
+
+
+def fingerprint(config: TransformerConfig) -> list:
+    """Build the model with numbered weights, run it, and give all that it shows."""
+    model = build(config).train()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / 2)
+        torch.manual_seed(0)
+        given = (TOKENS, TOKENS) if config.n_encoder_layers else (TOKENS,)
+        return [type(model).__name__, shapes, model(*given).tolist()]
+
+
+def test_every_field_is_tested():
+    assert CHANGES.keys() == {field.name for field in fields(TransformerConfig)}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_choice_does_something(name):
+    before, change = CHANGES[name]
+    after = replace(before, **change)
+    assert getattr(before, name) != getattr(after, name)
+    assert fingerprint(before) == fingerprint(before)
+    assert fingerprint(before) != fingerprint(after)
+
+
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [
+        (replace(BASE, **EXPERTS), {"n_dense_layers": 1}),
+        *[
+            (replace(BASE, **EXPERTS), {name: value})
+            for name, value in {
+                "d_ff": 6,
+                "n_experts": 3,
+                "top_k": 3,
+                "n_shared": 1,
+                "score": "sigmoid",
+                "normalise": False,
+                "router_bias": True,
+                "choice_bias": True,
+                "scale": 2.0,
+                "scale_input": True,
+            }.items()
+        ],
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_every_choice_of_experts_does_something(config, change):
+    d_ff = 10 if "n_dense_layers" in change else None
+    other = replace(config, d_ff=d_ff, experts=replace(config.experts, **change))
+    if "choice_bias" in change:
+        assert build(other).stack.blocks[0].feed_forward.router.choice_bias is not None
+    else:
+        assert fingerprint(config) != fingerprint(other)
+
+
+def test_frozen_and_comparable():
+    with pytest.raises(FrozenInstanceError):
+        BASE.d_model = 3
+    assert TransformerConfig(**SIZES) == BASE
+    assert hash(TransformerConfig(**SIZES)) == hash(BASE)
+
+
+def test_building_a_config_draws_no_random_number():
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    replace(BASE, **EXPERTS)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+REFUSED = {
+    "first_position": ({"first_position": 2}, "first_position = 2 needs positions = 'learned'"),
+    "sinusoid_halves": (
+        {"positions": "none", "sinusoid_halves": True},
+        "sinusoid_halves = True needs positions = 'sinusoidal'; got 'none'",
+    ),
+    "rope_theta": ({"rope_theta": 5.0}, "rope_theta = 5.0 needs positions = 'rope'"),
+    "rope_dim": ({"rope_dim": 2}, "rope_dim = 2 needs positions = 'rope'"),
+    "rope_interleaved": ({"rope_interleaved": True}, "rope_interleaved = True needs positions"),
+    "rope_scaling": (
+        {"rope_scaling": YaRNScaling(factor=2.0, original_length=4)},
+        "needs positions = 'rope'",
+    ),
+    "t5_buckets": ({"t5_buckets": 8}, "t5_buckets = 8 needs positions = 't5'"),
+    "t5_max_distance": ({"t5_max_distance": 8}, "t5_max_distance = 8 needs positions = 't5'"),
+    "local_rope_theta": (
+        {"positions": "rope", "local_rope_theta": 5.0},
+        "local_rope_theta = 5.0 needs global_every to be given; got None",
+    ),
+    "global_positions": ({"global_positions": False}, "needs global_every to be given; got None"),
+    "chunked": ({"chunked": True}, "chunked = True needs window to be given; got None"),
+    "global_every": ({"global_every": 2}, "global_every = 2 needs window to be given; got None"),
+    "window": (
+        {"is_causal": False, "window": 2},
+        "window = 2 needs is_causal = True; got False",
+    ),
+    "n_encoder_layers": (
+        {"is_causal": False, "n_encoder_layers": 2},
+        "n_encoder_layers = 2 needs is_causal = True; got False",
+    ),
+    "pooler": ({"pooler": True}, "pooler = True needs is_causal = False; got True"),
+    "parallel": ({"parallel": True}, "parallel = True needs norm_placement = 'pre'; got 'post'"),
+    "n_kv_heads": (
+        {"positions": "rope", "n_kv_heads": 2, **LATENT},
+        "n_kv_heads = 2 needs latent = None; got Latent(",
+    ),
+    "qk_norm": ({"positions": "rope", "qk_norm": True, **LATENT}, "qk_norm = True needs latent"),
+    "attention_softcap": (
+        {"positions": "rope", "attention_softcap": 2.0, **LATENT},
+        "attention_softcap = 2.0 needs latent = None",
+    ),
+    "sinks": ({"positions": "rope", "sinks": True, **LATENT}, "sinks = True needs latent = None"),
+    "latent": (LATENT, "needs positions = 'rope'; got 'sinusoidal'"),
+}
+
+
+def test_every_rule_is_tested():
+    assert {name for names, _, _ in RULES for name in names} == REFUSED.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *REFUSED.values(),
+        (
+            {"parallel": True, "norm_placement": "pre", "n_encoder_layers": 1},
+            "parallel = True needs n_encoder_layers = 0; got 1",
+        ),
+        (
+            {"positions": "rope", "n_encoder_layers": 1, **LATENT},
+            "needs n_encoder_layers = 0; got 1",
+        ),
+        ({"positions": "rope", "rope_dim": 2, **LATENT}, "rope_dim = 2 needs latent = None"),
+        ({"positions": "rotary"}, "positions must be one of none, learned, sinusoidal, rope, al"),
+        ({"norm": "batch_norm"}, "norm must be one of layer_norm, layer_norm_no_bias, rms_norm"),
+        ({"norm_placement": "mid"}, "norm_placement must be one of pre, post, both"),
+        ({"activation": "tanh"}, "activation must be one of relu, gelu, gelu_tanh, silu"),
+        ({"positions": "learned"}, "positions = 'learned' needs max_seq_len to be given"),
+        ({"vocab_size": 0}, "vocab_size must be an integer of at least 1; got 0"),
+        ({"n_layers": 0}, "n_layers must be an integer of at least 1; got 0"),
+        ({"n_heads": 0, "positions": "none"}, "n_heads must be an integer of at least 1; got 0"),
+        ({"d_model": 0}, "d_model must be an integer of at least 1; got 0"),
+        ({"n_encoder_layers": -1}, "n_encoder_layers must be an integer of at least 0; got -1"),
+        ({"n_segments": -1}, "n_segments must be an integer of at least 0; got -1"),
+        ({"max_seq_len": 0}, "max_seq_len must be an integer of at least 1; got 0"),
+        ({"window": 0}, "window must be an integer of at least 1; got 0"),
+        ({"window": 2, "global_every": 0}, "global_every must be an integer of at least 1; got 0"),
+        (
+            {"positions": "learned", "max_seq_len": 4, "first_position": -1},
+            "first_position must be an integer of at least 0; got -1",
+        ),
+        ({"n_heads": 5}, "d_model (12) must be divisible by n_heads (5)"),
+        ({"n_kv_heads": 3}, "n_heads (4) must be a multiple of n_kv_heads (3)"),
+        ({"attention_bias": "qx"}, 'bias must be True, False or letters of "qkvo"'),
+        ({"attention_softcap": 0.0}, "softcap must be finite and above 0; got 0.0"),
+        ({"logit_softcap": 0.0}, "softcap must be finite and above 0; got 0.0"),
+        ({"dropout": 1.0}, "dropout must lie in 0 <= dropout < 1; got 1.0"),
+        ({"attention_dropout": 1.0}, "dropout must lie in 0 <= dropout < 1; got 1.0"),
+        ({"positions": "rope", "head_dim": 3}, "width that positions pair must be even; got 3"),
+        ({"norm_eps": -1.0, "norm": "rms_norm"}, "eps must be at least 0; got -1.0"),
+        ({"d_ff": None}, "some layer has a plain feed-forward; got d_ff None and 3 such layers"),
+        (EXPERTS | {"d_ff": 9}, "some layer has a plain feed-forward; got d_ff 9 and 0 such"),
+        (
+            {"experts": Experts(d_ff=5, n_experts=4, top_k=2, n_dense_layers=4)},
+            "n_dense_layers must be an integer from 0 to 3; got 4",
+        ),
+        (
+            {"experts": Experts(d_ff=5, n_experts=4, top_k=5, n_dense_layers=1)},
+            "top_k must be an integer from 1 to 4; got 5",
+        ),
+    ],
+)
+def test_contradictions_are_refused(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        replace(BASE, **change)

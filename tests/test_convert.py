@@ -1,0 +1,347 @@
+"""Checkpoints as files and dictionaries have them: what is read, what is refused, and why."""
+
+import json
+import pickle
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from oracles import redraw, tiny
+from parity.cases import CASES
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from tfm_ref import MODELS, build, config_from_hf, from_hf, load_safetensors, to_hf
+from tfm_ref.families import FAMILIES
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 13,
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "intermediate_size": 10,
+    "max_position_embeddings": 16,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+}
+TOKENS = torch.tensor([[3, 1, 4, 1, 5]])
+
+
+def state(settings=LLAMA):
+    """Give the tensors of a model with these settings, by the names of its family."""
+    return to_hf(redraw(build(config_from_hf(settings))), settings["model_type"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint folder: config.json and one file of tensors."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
+    save_file(state(), tmp_path / "model.safetensors")
+    return tmp_path
+
+
+# --- what is read
+
+
+def test_a_folder_with_one_file(folder):
+    model = load_safetensors(str(folder))
+    assert not model.training
+    assert torch.equal(model(TOKENS), from_hf(state(), LLAMA)(TOKENS))
+
+
+def test_a_folder_with_several_files(folder):
+    whole, names = load_safetensors(folder)(TOKENS), list(state())
+    (folder / "model.safetensors").unlink()
+    places = {name: f"model-0000{i % 3 + 1}-of-00003.safetensors" for i, name in enumerate(names)}
+    for place in set(places.values()):
+        part = {name: t for name, t in state().items() if places[name] == place}
+        save_file(part, folder / place)
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    assert torch.equal(load_safetensors(folder)(TOKENS), whole)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=re.escape("must hold model-00002-of-00003.safetensors")):
+        load_safetensors(folder)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise RuntimeError('a file ran code')",))
+
+
+def test_nothing_is_unpickled(folder):
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    load_safetensors(folder)
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(Exception, match=r"(?i)header"):
+        load_safetensors(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_that_lacks_a_file(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=re.escape(f"{folder} must hold {name}")):
+        load_safetensors(folder)
+
+
+def test_dtype_is_that_of_the_file(folder):
+    halved = {name: t.bfloat16() for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(halved, folder / "model.safetensors")
+    assert load_safetensors(folder)(TOKENS).dtype == torch.bfloat16
+
+
+def test_tensors_are_copied():
+    tensors = state()
+    model = from_hf(tensors, LLAMA)
+    before = model(TOKENS)
+    for t in tensors.values():
+        t.zero_()
+    assert torch.equal(model(TOKENS), before)
+
+
+def test_buffers_of_angles_are_ignored():
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    assert_close(from_hf(state() | extra, LLAMA)(TOKENS), from_hf(state(), LLAMA)(TOKENS))
+
+
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 13,
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 10,
+    "max_position_embeddings": 16,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+}
+
+
+def test_a_bert_of_the_first_years():
+    """Its norms have gammas and betas; it has a pooler and a head for the next sentence."""
+    tensors = to_hf(redraw(build(replace(config_from_hf(BERT), pooler=True))), "bert")
+    assert {"bert.pooler.dense.weight", "bert.pooler.dense.bias"} < tensors.keys()
+    old = {
+        re.sub(r"LayerNorm\.(weight|bias)", lambda m: m[0].replace(m[1], OLD[m[1]]), name): t
+        for name, t in tensors.items()
+        if not name.startswith("cls.predictions.decoder")
+    }
+    old |= {
+        "cls.seq_relationship.weight": torch.ones(2, 12),
+        "bert.embeddings.position_ids": TOKENS,
+    }
+    model = from_hf(old, BERT)
+    assert torch.equal(model(TOKENS), from_hf(tensors, BERT)(TOKENS))
+    assert model.pool(TOKENS).shape == (1, 12)
+
+
+OLD = {"weight": "gamma", "bias": "beta"}
+
+
+def test_a_checkpoint_without_the_prefix_of_its_body():
+    settings = {
+        "model_type": "gpt2",
+        "vocab_size": 13,
+        "n_embd": 12,
+        "n_layer": 2,
+        "n_head": 3,
+        "n_positions": 16,
+        "layer_norm_epsilon": 1e-5,
+        "activation_function": "gelu_new",
+    }
+    tensors = state(settings)
+    body = {n.removeprefix("transformer."): t for n, t in tensors.items() if n != "lm_head.weight"}
+    body["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+    assert torch.equal(from_hf(body, settings)(TOKENS), from_hf(tensors, settings)(TOKENS))
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "stack.norm.weight is missing"),
+        (lambda t: t.update(extra=torch.ones(1)), "extra is unexpected"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(11)}),
+            "model.norm.weight has shape (11,), not (12,)",
+        ),
+        (
+            lambda t: t.update({"model.layers.1.self_attn.k_proj.weight": torch.ones(12, 12)}),
+            "model.layers.1.self_attn.k_proj.weight has shape (12, 12), not (4, 12)",
+        ),
+        (
+            lambda t: t.update({"model.layers.2.input_layernorm.weight": torch.ones(12)}),
+            "model.layers.2.input_layernorm.weight is unexpected",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(12)}),
+            "model.layers.0.self_attn.q_proj.bias is unexpected",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(change, message):
+    tensors = state()
+    change(tensors)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_hf(tensors, LLAMA)
+
+
+def test_all_that_is_wrong_is_listed():
+    tensors = state()
+    del tensors["model.norm.weight"], tensors["lm_head.weight"]
+    tensors |= {"one": torch.ones(1), "two": torch.ones(1)}
+    message = (
+        "the tensors must be those of the config: stack.norm.weight is missing; "
+        "head.proj.weight is missing; one is unexpected; two is unexpected"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_hf(tensors, LLAMA)
+
+
+def test_copies_must_agree():
+    tied = LLAMA | {"tie_word_embeddings": True}
+    tensors = state(tied)
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    del tensors["lm_head.weight"]
+    model = from_hf(tensors, tied)
+    assert model.head.proj.weight is model.embedding.tokens.weight
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    with pytest.raises(ValueError, match="the matrix of the logits differs from the table"):
+        from_hf(tensors, tied)
+    tensors = state(BERT)
+    tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"] + 1
+    with pytest.raises(ValueError, match="differs from its copy"):
+        from_hf(tensors, BERT)
+
+
+def test_a_family_must_have_a_place_for_everything():
+    config = replace(config_from_hf(LLAMA), n_segments=2)
+    with pytest.raises(ValueError, match=re.escape("llama must have a place for embedding.segme")):
+        to_hf(build(config), "llama")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama9"}, "model_type must be one of gpt2, bert, roberta, t5"),
+        ({"hidden_act": "mish"}, "hidden_act must be one of relu, gelu, gelu_new"),
+        ({"mlp_bias": True}, "mlp_bias must be False; got True"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_type must be one of default, linear, yarn"),
+        ({"rope_scaling": {"rope_type": "linear"}}, 'config.json must have "factor"; it has'),
+        ({"num_attention_heads": 5}, "d_model (12) must be divisible by n_heads (5)"),
+    ],
+)
+def test_settings_that_are_not_built(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_from_hf(LLAMA | change)
+
+
+def test_settings_that_are_missing():
+    optional = {"rope_theta", "tie_word_embeddings", "num_key_value_heads"}
+    for key in LLAMA:
+        fewer = {k: v for k, v in LLAMA.items() if k != key}
+        if key in optional:
+            config_from_hf(fewer)
+        else:
+            with pytest.raises(ValueError, match=f'config.json must have "{key}"'):
+                config_from_hf(fewer)
+
+
+FIRST = {case.build().config.model_type: case for case in reversed(CASES)}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_a_family_excludes(model_type):
+    """Every setting that must have one value is refused with another."""
+    settings = json.loads(FIRST[model_type].build().config.to_json_string(use_diff=False))
+    config_from_hf(settings)
+    for key, wanted in FAMILIES[model_type].only.items():
+        group, _, name = key.rpartition(".")
+        other = "another value"
+        changed = settings | ({group: settings[group] | {name: other}} if group else {key: other})
+        if callable(wanted):
+            wanted = wanted(changed)
+        with pytest.raises(ValueError, match=re.escape(f"{key} must be {wanted!r}; got 'another")):
+            config_from_hf(changed)
+
+
+def test_every_family_has_a_parity_case():
+    assert FIRST.keys() == FAMILIES.keys()
+
+
+# --- where RoPE is written
+
+
+def test_the_settings_of_rope_stand_in_three_places():
+    scaled = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled |= {"original_max_position_embeddings": 8192}
+    plain = {k: v for k, v in LLAMA.items() if k != "rope_theta"}
+    of_4 = plain | {"rope_theta": 5e5, "rope_scaling": scaled | {"rope_type": "llama3"}}
+    of_3 = plain | {"rope_theta": 5e5, "rope_scaling": scaled | {"type": "llama3"}}
+    of_5 = plain | {"rope_parameters": scaled | {"rope_type": "llama3", "rope_theta": 5e5}}
+    assert config_from_hf(of_3) == config_from_hf(of_4) == config_from_hf(of_5)
+    assert config_from_hf(of_5).rope_theta == 5e5
+    assert config_from_hf(of_5).rope_scaling == MODELS["Llama-3.1-405B"].config.rope_scaling
+    assert config_from_hf(plain).rope_theta == 10_000.0
+    assert config_from_hf(plain | {"rope_scaling": None}).rope_scaling is None
+
+
+def test_windows_are_read_from_the_list_of_layers():
+    mistral = LLAMA | {"model_type": "mistral", "sliding_window": 4}
+    assert config_from_hf(mistral).window == 4
+    assert config_from_hf(mistral | {"sliding_window": None}).window is None
+    kinds = ["sliding_attention", "full_attention"]
+    config = config_from_hf(mistral | {"layer_types": kinds})
+    assert (config.window, config.global_every) == (4, 2)
+    assert config_from_hf(mistral | {"layer_types": kinds[1:] * 2}).window is None
+    with pytest.raises(ValueError, match="every n-th layer must have no window; got layer_types"):
+        config_from_hf(mistral | {"num_hidden_layers": 3, "layer_types": [*kinds[::-1], kinds[0]]})
+
+
+# --- names
+
+
+KINDS = {
+    "GPT-2": "gpt2",
+    "BERT": "bert",
+    "RoBERTa": "roberta",
+    "T5": "t5",
+    "BART": "bart",
+    "BLOOM": "bloom",
+    "MPT": "mpt",
+    "Llama-1": "llama",
+    "Llama-2": "llama",
+    "Llama-3": "llama",
+    "Mistral": "mistral",
+    "Qwen2.5": "qwen2",
+    "Qwen3-8B": "qwen3",
+    "Qwen3-235B": "qwen3_moe",
+    "DeepSeek-LLM": "llama",
+    "Gemma-2": "gemma2",
+    "Gemma-3": "gemma3_text",
+    "Mixtral": "mixtral",
+    "gpt-oss": "gpt_oss",
+    "DeepSeek-V2": "deepseek_v2",
+    "DeepSeek-V3": "deepseek_v3",
+}
+UNSPELLED = {"Transformer-base", "Transformer-big", "GPT-3 175B", "PaLM-540B", "Llama-4-Scout"}
+
+
+def test_every_model_of_the_zoo_is_written():
+    """Where a family spells a model, nothing of it is lost on the way."""
+    spelled = {n: kind for start, kind in KINDS.items() for n in MODELS if n.startswith(start)}
+    assert MODELS.keys() - spelled.keys() == UNSPELLED
+    for name, kind in spelled.items():
+        model = redraw(build(tiny(MODELS[name].config)))
+        tensors = to_hf(model, kind)
+        numbers = sum(t.numel() for t in tensors.values())
+        assert numbers >= sum(p.numel() for p in model.parameters())
+        assert not any("#" in n or "*" in n for n in tensors)
