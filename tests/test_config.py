@@ -244,6 +244,9 @@ def test_every_rule_is_tested():
         ({"norm_placement": "mid"}, "norm_placement must be one of pre, post, both"),
         ({"activation": "tanh"}, "activation must be one of relu, gelu, gelu_tanh, silu"),
         ({"positions": "learned"}, "positions = 'learned' needs max_seq_len to be given"),
+        ({"is_causal": "no"}, "is_causal must be True or False; got 'no'"),
+        ({"is_causal": None}, "is_causal must be True or False; got None"),
+        ({"gated": 1}, "gated must be True or False; got 1"),
         ({"vocab_size": 0}, "vocab_size must be an integer of at least 1; got 0"),
         ({"n_layers": 0}, "n_layers must be an integer of at least 1; got 0"),
         ({"n_heads": 0, "positions": "none"}, "n_heads must be an integer of at least 1; got 0"),
@@ -278,6 +281,6 @@ def test_every_rule_is_tested():
         ),
     ],
 )
-def test_contradictions_are_refused(change, message):
+def test_contradictions_are_refused(change, message, no_shape_checks):
     with pytest.raises(ValueError, match=re.escape(message)):
         replace(BASE, **change)

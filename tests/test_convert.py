@@ -390,6 +390,8 @@ def test_windows_are_read_from_the_list_of_layers():
     assert config_from_hf(mistral | {"model_type": "mixtral"} | TWO_EXPERTS).window == 4
     for qwen in "qwen2", "qwen3":  # a window that is not said to be used is not
         assert config_from_hf(mistral | {"model_type": qwen}).window is None
+    with pytest.raises(ValueError, match=r"must have num_hidden_layers \(2\) entries; got 1"):
+        config_from_hf(mistral | {"layer_types": kinds[:1]})
     with pytest.raises(ValueError, match="every n-th layer must have no window; got layer_types"):
         config_from_hf(mistral | {"num_hidden_layers": 3, "layer_types": [*kinds[::-1], kinds[0]]})
 

@@ -1,6 +1,6 @@
 """The space of choices: a config is one point in it, and says how each part of a model is made."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -240,6 +240,10 @@ class TransformerConfig:
     attention_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name} must be True or False; got {value!r}")
         for names, choice, wanted in RULES:
             got = getattr(self, choice)
             if got == wanted or (wanted is ... and got is not None):

@@ -333,6 +333,11 @@ def window(hf: HFConfig) -> int | None:
     kinds = hf.get("layer_types")
     for kind in kinds or []:
         check_choice("each of layer_types", kind, ["sliding_attention", "full_attention"])
+    if kinds is not None and len(kinds) != hf["num_hidden_layers"]:
+        raise ValueError(
+            f"layer_types must have num_hidden_layers ({hf['num_hidden_layers']}) entries; "
+            f"got {len(kinds)}"
+        )
     return hf["sliding_window"] if kinds is None or "sliding_attention" in kinds else None
 
 

@@ -274,7 +274,8 @@ class MoELayer(nn.Module):
         Experts", section 2.1: gated experts. Dai et al. 2024, "DeepSeekMoE: Towards Ultimate
         Expert Specialization in Mixture-of-Experts Language Models", section 3.2: shared
         experts. ``scale_input``: Llama 4. No expert has a capacity, so no token is dropped.
-        Outputs are weighted and summed in float32 at least.
+        Outputs are weighted and summed in float32 at least. How many tokens an expert gets depends
+        on the data, so that the layer runs neither on the meta device nor in one compiled graph.
 
     Example:
         Mixtral 8x7B has eight experts in each layer; a token uses the parameters of two.

@@ -157,6 +157,7 @@ GPT2_CARD = (
 )
 BERT_PY = "google-research/bert README.md, modeling.py @eedf571"
 BERT_GELU = "modeling.py approximates GELU by tanh, as here; the public library is exact."
+ROBERTA_SEGMENT = "With the one segment vector that the public checkpoint carries along."
 T5_GIN = "google-research/text-to-text-transfer-transformer t5/models/gin @e081111, README.md"
 GEMMA_PY = "google/gemma_pytorch gemma/config.py @014acb7"
 DEEPSEEK_JSON = "deepseek-ai/DeepSeek-V3 inference/configs @9b4e978"
@@ -250,11 +251,13 @@ MODELS = {
         _bert(768, 12, 12, **_ROBERTA),
         "125M",
         "facebookresearch/fairseq fairseq/models/roberta/model.py, examples/roberta/README.md",
+        note=ROBERTA_SEGMENT,
     ),
     "RoBERTa-large": Model(
         _bert(1024, 24, 16, **_ROBERTA),
         "355M",
         "facebookresearch/fairseq fairseq/models/roberta/model.py, examples/roberta/README.md",
+        note=ROBERTA_SEGMENT,
     ),
     "T5-small": _t5("60M", 512, 6, 8, 64, 2048),
     "T5-base": _t5("220M", 768, 12, 12, 64, 3072),
