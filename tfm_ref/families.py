@@ -19,34 +19,34 @@ from tfm_ref.validation import check_choice
 # --- names, by family
 
 GPT2 = """
-embedding.tokens                                     transformer.wte
-head.proj                                          lm_head
-stack.positions.table                                transformer.wpe.weight
-stack.norm                                           transformer.ln_f
-stack.blocks.*.attention_norm                        transformer.h.*.ln_1
-stack.blocks.*.attention.q_proj+k_proj+v_proj        transformer.h.*.attn.c_attn    [columns]
-stack.blocks.*.attention.o_proj                      transformer.h.*.attn.c_proj    [turned]
-stack.blocks.*.feed_forward_norm                     transformer.h.*.ln_2
-stack.blocks.*.feed_forward.up_proj                  transformer.h.*.mlp.c_fc       [turned]
-stack.blocks.*.feed_forward.down_proj                transformer.h.*.mlp.c_proj     [turned]
+embedding.tokens                              transformer.wte
+head.proj                                     lm_head
+stack.positions.table                         transformer.wpe.weight
+stack.norm                                    transformer.ln_f
+stack.blocks.*.attention_norm                 transformer.h.*.ln_1
+stack.blocks.*.attention.q_proj+k_proj+v_proj transformer.h.*.attn.c_attn [columns]
+stack.blocks.*.attention.o_proj               transformer.h.*.attn.c_proj [turned]
+stack.blocks.*.feed_forward_norm              transformer.h.*.ln_2
+stack.blocks.*.feed_forward.up_proj           transformer.h.*.mlp.c_fc    [turned]
+stack.blocks.*.feed_forward.down_proj         transformer.h.*.mlp.c_proj  [turned]
 """
 BERT = """
-embedding.tokens                        bert.embeddings.word_embeddings
-embedding.segments                      bert.embeddings.token_type_embeddings
-stack.positions.table                   bert.embeddings.position_embeddings.weight
-stack.embedding_norm                    bert.embeddings.LayerNorm
-stack.blocks.*.attention.q_proj         bert.encoder.layer.*.attention.self.query
-stack.blocks.*.attention.k_proj         bert.encoder.layer.*.attention.self.key
-stack.blocks.*.attention.v_proj         bert.encoder.layer.*.attention.self.value
-stack.blocks.*.attention.o_proj         bert.encoder.layer.*.attention.output.dense
-stack.blocks.*.attention_norm           bert.encoder.layer.*.attention.output.LayerNorm
-stack.blocks.*.feed_forward.up_proj     bert.encoder.layer.*.intermediate.dense
-stack.blocks.*.feed_forward.down_proj   bert.encoder.layer.*.output.dense
-stack.blocks.*.feed_forward_norm        bert.encoder.layer.*.output.LayerNorm
-pooler                                  bert.pooler.dense
-head.transform                          cls.predictions.transform.dense
-head.norm                               cls.predictions.transform.LayerNorm
-head.proj.bias                          cls.predictions.bias
+embedding.tokens                      bert.embeddings.word_embeddings
+embedding.segments                    bert.embeddings.token_type_embeddings
+stack.positions.table                 bert.embeddings.position_embeddings.weight
+stack.embedding_norm                  bert.embeddings.LayerNorm
+stack.blocks.*.attention.q_proj       bert.encoder.layer.*.attention.self.query
+stack.blocks.*.attention.k_proj       bert.encoder.layer.*.attention.self.key
+stack.blocks.*.attention.v_proj       bert.encoder.layer.*.attention.self.value
+stack.blocks.*.attention.o_proj       bert.encoder.layer.*.attention.output.dense
+stack.blocks.*.attention_norm         bert.encoder.layer.*.attention.output.LayerNorm
+stack.blocks.*.feed_forward.up_proj   bert.encoder.layer.*.intermediate.dense
+stack.blocks.*.feed_forward.down_proj bert.encoder.layer.*.output.dense
+stack.blocks.*.feed_forward_norm      bert.encoder.layer.*.output.LayerNorm
+pooler                                bert.pooler.dense
+head.transform                        cls.predictions.transform.dense
+head.norm                             cls.predictions.transform.LayerNorm
+head.proj.bias                        cls.predictions.bias
 head.proj                             cls.predictions.decoder
 """
 ROBERTA = (
@@ -66,7 +66,7 @@ encoder.blocks.*.feed_forward_norm      encoder.block.*.layer.1.layer_norm
 encoder.blocks.*.feed_forward.up_proj   encoder.block.*.layer.1.DenseReluDense.wi
 encoder.blocks.*.feed_forward.down_proj encoder.block.*.layer.1.DenseReluDense.wo
 encoder.norm                            encoder.final_layer_norm
-embedding.tokens                      encoder.embed_tokens
+embedding.tokens                        encoder.embed_tokens
 """  # noqa: E501
 T5_CROSS = """
 decoder.blocks.*.cross_attention_norm   decoder.block.*.layer.1.layer_norm
@@ -77,8 +77,8 @@ decoder.blocks.*.cross_attention.o_proj decoder.block.*.layer.1.EncDecAttention.
 """
 T5 = (
     """
-embedding.tokens                        shared
-head.proj                             lm_head
+embedding.tokens shared
+head.proj        lm_head
 """
     + T5_STACK
     + T5_STACK.replace("encoder.", "decoder.").replace("layer.1.", "layer.2.")
@@ -102,7 +102,7 @@ encoder.blocks.*.attention_norm         model.encoder.layers.*.self_attn_layer_n
 encoder.blocks.*.feed_forward.up_proj   model.encoder.layers.*.fc1
 encoder.blocks.*.feed_forward.down_proj model.encoder.layers.*.fc2
 encoder.blocks.*.feed_forward_norm      model.encoder.layers.*.final_layer_norm
-embedding.tokens                      model.encoder.embed_tokens
+embedding.tokens                        model.encoder.embed_tokens
 """
 BART_CROSS = """
 decoder.blocks.*.cross_attention.q_proj model.decoder.layers.*.encoder_attn.q_proj
@@ -113,72 +113,72 @@ decoder.blocks.*.cross_attention_norm   model.decoder.layers.*.encoder_attn_laye
 """
 BART = (
     """
-embedding.tokens                        model.shared
-head.proj.weight                      lm_head.weight
-head.proj.bias                          final_logits_bias [row]
+embedding.tokens model.shared
+head.proj.weight lm_head.weight
+head.proj.bias   final_logits_bias [row]
 """
     + BART_STACK
     + BART_STACK.replace("encoder.", "decoder.")
     + BART_CROSS
 )
 BLOOM = """
-embedding.tokens                               transformer.word_embeddings
-head.proj                                    lm_head
-stack.embedding_norm                           transformer.word_embeddings_layernorm
-stack.norm                                     transformer.ln_f
-stack.blocks.*.attention_norm                  transformer.h.*.input_layernorm
-stack.blocks.*.attention.q_proj+k_proj+v_proj  transformer.h.*.self_attention.query_key_value [groups]
-stack.blocks.*.attention.o_proj                transformer.h.*.self_attention.dense
-stack.blocks.*.feed_forward_norm               transformer.h.*.post_attention_layernorm
-stack.blocks.*.feed_forward.up_proj            transformer.h.*.mlp.dense_h_to_4h
-stack.blocks.*.feed_forward.down_proj          transformer.h.*.mlp.dense_4h_to_h
+embedding.tokens                              transformer.word_embeddings
+head.proj                                     lm_head
+stack.embedding_norm                          transformer.word_embeddings_layernorm
+stack.norm                                    transformer.ln_f
+stack.blocks.*.attention_norm                 transformer.h.*.input_layernorm
+stack.blocks.*.attention.q_proj+k_proj+v_proj transformer.h.*.self_attention.query_key_value [groups]
+stack.blocks.*.attention.o_proj               transformer.h.*.self_attention.dense
+stack.blocks.*.feed_forward_norm              transformer.h.*.post_attention_layernorm
+stack.blocks.*.feed_forward.up_proj           transformer.h.*.mlp.dense_h_to_4h
+stack.blocks.*.feed_forward.down_proj         transformer.h.*.mlp.dense_4h_to_h
 """  # noqa: E501
 MPT = """
-embedding.tokens                               transformer.wte
-head.proj                                    lm_head
-stack.norm                                     transformer.norm_f
-stack.blocks.*.attention_norm                  transformer.blocks.*.norm_1
-stack.blocks.*.attention.q_proj+k_proj+v_proj  transformer.blocks.*.attn.Wqkv [rows]
-stack.blocks.*.attention.o_proj                transformer.blocks.*.attn.out_proj
-stack.blocks.*.feed_forward_norm               transformer.blocks.*.norm_2
-stack.blocks.*.feed_forward.up_proj            transformer.blocks.*.ffn.up_proj
-stack.blocks.*.feed_forward.down_proj          transformer.blocks.*.ffn.down_proj
+embedding.tokens                              transformer.wte
+head.proj                                     lm_head
+stack.norm                                    transformer.norm_f
+stack.blocks.*.attention_norm                 transformer.blocks.*.norm_1
+stack.blocks.*.attention.q_proj+k_proj+v_proj transformer.blocks.*.attn.Wqkv [rows]
+stack.blocks.*.attention.o_proj               transformer.blocks.*.attn.out_proj
+stack.blocks.*.feed_forward_norm              transformer.blocks.*.norm_2
+stack.blocks.*.feed_forward.up_proj           transformer.blocks.*.ffn.up_proj
+stack.blocks.*.feed_forward.down_proj         transformer.blocks.*.ffn.down_proj
 """
 LLAMA = """
-embedding.tokens                        model.embed_tokens
+embedding.tokens                      model.embed_tokens
 head.proj                             lm_head
-stack.norm                              model.norm
-stack.blocks.*.attention_norm           model.layers.*.input_layernorm
+stack.norm                            model.norm
+stack.blocks.*.attention_norm         model.layers.*.input_layernorm
+stack.blocks.*.attention.q_proj       model.layers.*.self_attn.q_proj
+stack.blocks.*.attention.k_proj       model.layers.*.self_attn.k_proj
+stack.blocks.*.attention.v_proj       model.layers.*.self_attn.v_proj
+stack.blocks.*.attention.o_proj       model.layers.*.self_attn.o_proj
+stack.blocks.*.attention.q_norm       model.layers.*.self_attn.q_norm
+stack.blocks.*.attention.k_norm       model.layers.*.self_attn.k_norm
+stack.blocks.*.attention.sinks        model.layers.*.self_attn.sinks
+stack.blocks.*.feed_forward_norm      model.layers.*.post_attention_layernorm
+stack.blocks.*.feed_forward.gate_proj model.layers.*.mlp.gate_proj
+stack.blocks.*.feed_forward.up_proj   model.layers.*.mlp.up_proj
+stack.blocks.*.feed_forward.down_proj model.layers.*.mlp.down_proj
+"""
+GEMMA = """
+embedding.tokens                        model.embed_tokens
+head.proj                               lm_head
+stack.norm                              model.norm                                [gain - 1]
+stack.blocks.*.attention_norm           model.layers.*.input_layernorm            [gain - 1]
 stack.blocks.*.attention.q_proj         model.layers.*.self_attn.q_proj
 stack.blocks.*.attention.k_proj         model.layers.*.self_attn.k_proj
 stack.blocks.*.attention.v_proj         model.layers.*.self_attn.v_proj
 stack.blocks.*.attention.o_proj         model.layers.*.self_attn.o_proj
-stack.blocks.*.attention.q_norm         model.layers.*.self_attn.q_norm
-stack.blocks.*.attention.k_norm         model.layers.*.self_attn.k_norm
-stack.blocks.*.attention.sinks          model.layers.*.self_attn.sinks
-stack.blocks.*.feed_forward_norm        model.layers.*.post_attention_layernorm
+stack.blocks.*.attention.q_norm         model.layers.*.self_attn.q_norm           [gain - 1]
+stack.blocks.*.attention.k_norm         model.layers.*.self_attn.k_norm           [gain - 1]
+stack.blocks.*.attention_output_norm    model.layers.*.post_attention_layernorm   [gain - 1]
+stack.blocks.*.feed_forward_norm        model.layers.*.pre_feedforward_layernorm  [gain - 1]
 stack.blocks.*.feed_forward.gate_proj   model.layers.*.mlp.gate_proj
 stack.blocks.*.feed_forward.up_proj     model.layers.*.mlp.up_proj
 stack.blocks.*.feed_forward.down_proj   model.layers.*.mlp.down_proj
+stack.blocks.*.feed_forward_output_norm model.layers.*.post_feedforward_layernorm [gain - 1]
 """
-GEMMA = """
-embedding.tokens                                model.embed_tokens
-head.proj                                     lm_head
-stack.norm                                      model.norm                                     [gain - 1]
-stack.blocks.*.attention_norm                   model.layers.*.input_layernorm                 [gain - 1]
-stack.blocks.*.attention.q_proj                 model.layers.*.self_attn.q_proj
-stack.blocks.*.attention.k_proj                 model.layers.*.self_attn.k_proj
-stack.blocks.*.attention.v_proj                 model.layers.*.self_attn.v_proj
-stack.blocks.*.attention.o_proj                 model.layers.*.self_attn.o_proj
-stack.blocks.*.attention.q_norm                 model.layers.*.self_attn.q_norm                [gain - 1]
-stack.blocks.*.attention.k_norm                 model.layers.*.self_attn.k_norm                [gain - 1]
-stack.blocks.*.attention_output_norm            model.layers.*.post_attention_layernorm        [gain - 1]
-stack.blocks.*.feed_forward_norm                model.layers.*.pre_feedforward_layernorm       [gain - 1]
-stack.blocks.*.feed_forward.gate_proj           model.layers.*.mlp.gate_proj
-stack.blocks.*.feed_forward.up_proj             model.layers.*.mlp.up_proj
-stack.blocks.*.feed_forward.down_proj           model.layers.*.mlp.down_proj
-stack.blocks.*.feed_forward_output_norm         model.layers.*.post_feedforward_layernorm      [gain - 1]
-"""  # noqa: E501
 EXPERTS = """
 stack.blocks.*.feed_forward.router.proj         model.layers.*.mlp.gate
 stack.blocks.*.feed_forward.router.choice_bias  model.layers.*.mlp.gate.e_score_correction_bias
@@ -206,23 +206,23 @@ stack.blocks.*.feed_forward.up_proj             model.layers.*.block_sparse_moe.
 GPT_OSS = (
     LLAMA
     + """
-stack.blocks.*.feed_forward.router.proj         model.layers.*.mlp.router
-stack.blocks.*.feed_forward.gate_proj+up_proj   model.layers.*.mlp.experts.gate_up_proj      [woven]
-stack.blocks.*.feed_forward.gate_bias+up_bias   model.layers.*.mlp.experts.gate_up_proj_bias [woven]
-stack.blocks.*.feed_forward.down_proj           model.layers.*.mlp.experts.down_proj [turned]
-stack.blocks.*.feed_forward.down_bias           model.layers.*.mlp.experts.down_proj_bias
+stack.blocks.*.feed_forward.router.proj       model.layers.*.mlp.router
+stack.blocks.*.feed_forward.gate_proj+up_proj model.layers.*.mlp.experts.gate_up_proj      [woven]
+stack.blocks.*.feed_forward.gate_bias+up_bias model.layers.*.mlp.experts.gate_up_proj_bias [woven]
+stack.blocks.*.feed_forward.down_proj         model.layers.*.mlp.experts.down_proj         [turned]
+stack.blocks.*.feed_forward.down_bias         model.layers.*.mlp.experts.down_proj_bias
 """
 )
 DEEPSEEK = (
     LLAMA
     + EXPERTS
     + """
-stack.blocks.*.attention.q_a_proj               model.layers.*.self_attn.q_a_proj
-stack.blocks.*.attention.q_a_norm               model.layers.*.self_attn.q_a_layernorm
-stack.blocks.*.attention.q_b_proj               model.layers.*.self_attn.q_b_proj
-stack.blocks.*.attention.kv_a_proj              model.layers.*.self_attn.kv_a_proj_with_mqa
-stack.blocks.*.attention.kv_a_norm              model.layers.*.self_attn.kv_a_layernorm
-stack.blocks.*.attention.kv_b_proj              model.layers.*.self_attn.kv_b_proj
+stack.blocks.*.attention.q_a_proj  model.layers.*.self_attn.q_a_proj
+stack.blocks.*.attention.q_a_norm  model.layers.*.self_attn.q_a_layernorm
+stack.blocks.*.attention.q_b_proj  model.layers.*.self_attn.q_b_proj
+stack.blocks.*.attention.kv_a_proj model.layers.*.self_attn.kv_a_proj_with_mqa
+stack.blocks.*.attention.kv_a_norm model.layers.*.self_attn.kv_a_layernorm
+stack.blocks.*.attention.kv_b_proj model.layers.*.self_attn.kv_b_proj
 """
 )
 
