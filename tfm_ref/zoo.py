@@ -134,7 +134,7 @@ GPT_OSS = LLAMA | {
 DEEPSEEK = LLAMA | {"norm_eps": 1e-6, "rope_interleaved": True}
 
 
-class Model(NamedTuple):
+class PublicModel(NamedTuple):
     """A public model: its config, what its makers say of its size, and where that is written.
 
     Args:
@@ -177,11 +177,11 @@ def _model(
     active: str | None = None,
     note: str = "",
     **own: object,
-) -> Model:
+) -> PublicModel:
     """Write an entry: the choices of a family, six sizes, and what the model has of its own."""
     names = "n_layers", "d_model", "n_heads", "d_ff", "vocab_size", "max_seq_len"
     settings = dict(choices) | dict(zip(names, sizes, strict=True)) | own
-    return Model(TransformerConfig(**settings), stated, source, active, note)
+    return PublicModel(TransformerConfig(**settings), stated, source, active, note)
 
 
 _BERT = {"n_segments": 2, "pooler": True, "norm_eps": 1e-12, "activation": "gelu_tanh"}
