@@ -305,6 +305,38 @@ def test_every_family_has_a_parity_case():
     assert FIRST.keys() == FAMILIES.keys()
 
 
+MIXTRAL = LLAMA | {
+    "model_type": "mixtral",
+    "num_local_experts": 2,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+}
+EXPERT = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(EXPERT.format(0)), f"{EXPERT.format(1)} is unexpected"),
+        (lambda t: t.pop(EXPERT.format(1)), "experts.#.w1.weight has shape (1, 10, 12), not (2, "),
+        (
+            lambda t: t.update({EXPERT.format(5): t.pop(EXPERT.format(1))}),
+            f"{EXPERT.format(0)} is unexpected; {EXPERT.format(5)} is unexpected",
+        ),
+        (
+            lambda t: t.update({EXPERT.format(1): torch.ones(9, 12)}),
+            f"experts.#.w1.weight is missing; {EXPERT.format(0)} is unexpected; ",
+        ),
+    ],
+)
+def test_experts_that_are_missing_or_misshaped(change, message):
+    tensors = state(MIXTRAL)
+    from_hf(tensors, MIXTRAL)
+    change(tensors)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_hf(tensors, MIXTRAL)
+
+
 # --- where RoPE is written
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tfm_ref.config import TransformerConfig
-from tfm_ref.families import T5, T5_GATED, Family, choices_of, family_of
+from tfm_ref.families import Family, choices_of, family_of
 from tfm_ref.models import DecoderLM, Encoder, EncoderDecoder, build
 
 Model = Encoder | DecoderLM | EncoderDecoder
@@ -118,16 +118,16 @@ class Line(NamedTuple):
 
 def _lines(family: Family, model: Model) -> Iterator[Line]:
     """Read the table of a family, with the layers and parameters that a model has."""
-    names, state, c = family.names, model.state_dict(), model.config
-    if names is T5 and c.gated:
-        names = T5_GATED
+    state, c = model.state_dict(), model.config
+    names = family.gated_names if c.gated and family.gated_names else family.names
     for line in filter(None, names.splitlines()):
         other, ours, theirs, form = re.fullmatch(
             r"(\| )?(\S+) +(\S+) *(?:\[(.*)\])?", line
         ).groups()
         head, dot, joined = ours.rpartition(".")
+        in_full = theirs.endswith((".weight", ".bias"))
         for layer in range(max(c.n_layers, c.n_encoder_layers) if "*" in ours else 1):
-            for kind in "", ".weight", ".bias":
+            for kind in ("",) if in_full else ("", ".weight", ".bias"):
                 full = [
                     f"{head}{dot}{name}{kind}".replace("*", str(layer))
                     for name in joined.split("+")
@@ -153,11 +153,7 @@ def from_hf(state_dict: Mapping[str, Tensor], hf: Mapping[str, object]) -> Model
     """
     config = config_from_hf(hf)
     family = family_of(hf["model_type"])
-    if any("pooler.dense" in name for name in state_dict):
-        config = replace(config, pooler=True)
-    table, matrix = state_dict.get("shared.weight"), state_dict.get("lm_head.weight")
-    if family.unties and not any(t is None for t in (table, matrix)) and not table.equal(matrix):
-        config = replace(config, tied_embeddings=False)
+    config = replace(config, **family.told_by_tensors(state_dict))
     with torch.device("meta"):
         model = build(config)
     theirs = {_modern(name): t for name, t in state_dict.items()}
@@ -228,16 +224,24 @@ def _modern(name: str) -> str:
 
 
 def _stack_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put the tensors of single experts into one for all, under a name with ``#``."""
+    """Put the tensors of single experts into one for all, under a name with ``#``.
+
+    What cannot be stacked, since numbers are missing or shapes differ, stays as it is.
+    """
     stacked, single = {}, {}
     for name, t in tensors.items():
-        common, count = re.subn(r"\bexperts\.\d+\.", "experts.#.", name)
-        if count:
-            single.setdefault(common, {})[int(re.search(r"experts\.(\d+)\.", name)[1])] = t
-        else:
+        number = re.search(r"\bexperts\.(\d+)\.", name)
+        if number is None:
             stacked[name] = t
-    for name, parts in single.items():
-        stacked[name] = torch.stack([parts[i] for i in sorted(parts)])
+        else:
+            common = name.replace(number[0], "experts.#.")
+            single.setdefault(common, {})[int(number[1])] = name
+    for common, names in single.items():
+        parts = [tensors[names[i]] for i in sorted(names)]
+        if sorted(names) == [*range(len(names))] and len({t.shape for t in parts}) == 1:
+            stacked[common] = torch.stack(parts)
+        else:
+            stacked |= {name: tensors[name] for name in names.values()}
     return stacked
 
 

@@ -1,7 +1,8 @@
 """Families of public models: how their files spell the choices, and how they name the tensors.
 
 What the models of a family do is in :mod:`tfm_ref.zoo`. A table of names has one line for each
-tensor: our module, theirs, and in brackets the form in which theirs holds ours. ``*`` is the
+tensor: our module, theirs, and in brackets the form in which theirs holds ours; a name of theirs
+that ends in .weight or .bias is a tensor's, as is ours beside it. ``*`` is the
 number of a layer, ``#`` that of an expert; ``+`` joins our modules that one tensor of theirs
 holds; ``|`` is another spelling, read and never written. What stands in two lines is stored
 twice, and must agree.
@@ -10,6 +11,9 @@ twice, and must agree.
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from tfm_ref import zoo
 from tfm_ref.config import Experts, Latent
@@ -145,21 +149,21 @@ stack.blocks.*.feed_forward.up_proj           transformer.blocks.*.ffn.up_proj
 stack.blocks.*.feed_forward.down_proj         transformer.blocks.*.ffn.down_proj
 """
 LLAMA = """
-embedding.tokens                      model.embed_tokens
-head.proj                             lm_head
-stack.norm                            model.norm
-stack.blocks.*.attention_norm         model.layers.*.input_layernorm
-stack.blocks.*.attention.q_proj       model.layers.*.self_attn.q_proj
-stack.blocks.*.attention.k_proj       model.layers.*.self_attn.k_proj
-stack.blocks.*.attention.v_proj       model.layers.*.self_attn.v_proj
-stack.blocks.*.attention.o_proj       model.layers.*.self_attn.o_proj
-stack.blocks.*.attention.q_norm       model.layers.*.self_attn.q_norm
-stack.blocks.*.attention.k_norm       model.layers.*.self_attn.k_norm
-stack.blocks.*.attention.sinks        model.layers.*.self_attn.sinks
-stack.blocks.*.feed_forward_norm      model.layers.*.post_attention_layernorm
-stack.blocks.*.feed_forward.gate_proj model.layers.*.mlp.gate_proj
-stack.blocks.*.feed_forward.up_proj   model.layers.*.mlp.up_proj
-stack.blocks.*.feed_forward.down_proj model.layers.*.mlp.down_proj
+embedding.tokens                             model.embed_tokens
+head.proj                                    lm_head
+stack.norm                                   model.norm
+stack.blocks.*.attention_norm                model.layers.*.input_layernorm
+stack.blocks.*.attention.q_proj              model.layers.*.self_attn.q_proj
+stack.blocks.*.attention.k_proj              model.layers.*.self_attn.k_proj
+stack.blocks.*.attention.v_proj              model.layers.*.self_attn.v_proj
+stack.blocks.*.attention.o_proj              model.layers.*.self_attn.o_proj
+stack.blocks.*.attention.q_norm              model.layers.*.self_attn.q_norm
+stack.blocks.*.attention.k_norm              model.layers.*.self_attn.k_norm
+stack.blocks.*.attention.sinks               model.layers.*.self_attn.sinks
+stack.blocks.*.feed_forward_norm             model.layers.*.post_attention_layernorm
+stack.blocks.*.feed_forward.gate_proj.weight model.layers.*.mlp.gate_proj.weight
+stack.blocks.*.feed_forward.up_proj.weight   model.layers.*.mlp.up_proj.weight
+stack.blocks.*.feed_forward.down_proj.weight model.layers.*.mlp.down_proj.weight
 """
 GEMMA = """
 embedding.tokens                        model.embed_tokens
@@ -385,6 +389,18 @@ def latent_scale(hf: HFConfig) -> float:
     return (longer or 1.0) ** 2 / math.sqrt(hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"])
 
 
+def pooled(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    """See whether an encoder comes with a pooler: the same config stands beside both."""
+    return {"pooler": any("pooler.dense" in name for name in tensors)}
+
+
+def t5_untied(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    """See two matrices in T5 1.1, which version 5 of transformers calls tied all the same."""
+    table, matrix = tensors.get("shared.weight"), tensors.get("lm_head.weight")
+    both = table is not None and matrix is not None
+    return {"tied_embeddings": False} if both and not torch.equal(table, matrix) else {}
+
+
 def read_fields(hf: HFConfig, fields: Mapping[str, object]) -> dict[str, object]:
     """Read our fields: by the name of a setting, by name and default, or by a function."""
     values = {}
@@ -411,8 +427,8 @@ class Family(NamedTuple):
         names: the table of names.
         prefix: what a checkpoint of the body without a head leaves out of all names.
         ignored: tensors that hold nothing that was learned, or a head that is not built here.
-        unties: its configs may call embedding and head tied where the file holds two matrices,
-            as those of T5 1.1 do when version 5 of transformers wrote them.
+        gated_names: the table of names of a model with a gate, where that is another.
+        told_by_tensors: our fields that no setting says, and only the tensors do.
     """
 
     choices: Mapping[str, object]
@@ -421,7 +437,8 @@ class Family(NamedTuple):
     names: str
     prefix: str = "model."
     ignored: str = r".*rotary_emb\.inv_freq"
-    unties: bool = False
+    gated_names: str | None = None
+    told_by_tensors: Callable[[Mapping[str, Tensor]], dict[str, object]] = lambda tensors: {}
 
 
 TIED = {"tied_embeddings": ("tie_word_embeddings", True)}
@@ -568,6 +585,7 @@ FAMILIES = {
         BERT,
         "bert.",
         r".*position_ids|cls\.seq_relationship\..*",
+        told_by_tensors=pooled,
     ),
     "roberta": Family(
         zoo.BERT,
@@ -580,6 +598,7 @@ FAMILIES = {
         ROBERTA,
         "roberta.",
         r".*position_ids",
+        told_by_tensors=pooled,
     ),
     "t5": Family(
         zoo.T5,
@@ -605,7 +624,8 @@ FAMILIES = {
         T5,
         "",
         r"decoder\..*EncDecAttention\.relative_attention_bias\.weight",
-        unties=True,
+        gated_names=T5_GATED,
+        told_by_tensors=t5_untied,
     ),
     "bart": Family(
         zoo.BART,

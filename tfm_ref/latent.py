@@ -3,17 +3,16 @@
 from collections.abc import Callable
 
 import torch
-from einops import rearrange, repeat
-from jaxtyping import Bool, Float
+from einops import repeat
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from tfm_ref.attention import attention_weights
 from tfm_ref.layers import RMSNorm
-from tfm_ref.multi_head import BACKENDS
+from tfm_ref.multi_head import BACKENDS, AttentionLayer
 from tfm_ref.validation import check_choice, check_dropout, check_size, check_tokens
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(AttentionLayer):
     """Let every head make its keys and values from one latent, a few numbers per token (MLA).
 
     ``l = norm(c W_DKV)``, ``key_i = [l W_UK[i], rotate(c W_KR)]``, ``value_i = l W_UV[i]``,
@@ -21,7 +20,9 @@ class LatentAttention(nn.Module):
     ``u = x``; ``output = [head_1, ..., head_h] W_O``. The context c is x itself in self-attention.
 
     All heads share the part of the key that turns, ``rotate(c W_KR)``. So a cache holds
-    kv_lora_rank + rope_head_dim numbers per token, whatever n_heads is: l and that part.
+    kv_lora_rank + rope_head_dim numbers per token, whatever n_heads is: l and that part. A
+    ``rotation`` turns that part alone: ``RotaryPositions(head_dim=rope_head_dim,
+    interleaved=True).rotation`` makes it.
 
     Args:
         d_model: width of the tokens.
@@ -59,6 +60,13 @@ class LatentAttention(nn.Module):
         >>> attention = LatentAttention(d_model=256, n_heads=4, **sizes)
         >>> attention(torch.randn(2, 50, 256)).shape, attention.cache_width
         (torch.Size([2, 50, 256]), 576)
+
+        >>> from tfm_ref import RotaryPositions
+        >>> turn = RotaryPositions(head_dim=64, interleaved=True).rotation(torch.arange(5)[None])
+        >>> x = torch.randn(1, 5, 256)
+        >>> newest = attention(x[:, 4:], x, rotation=turn)
+        >>> torch.allclose(newest, attention(x, rotation=turn)[:, 4:], atol=1e-6)
+        True
     """
 
     def __init__(
@@ -105,74 +113,6 @@ class LatentAttention(nn.Module):
     def cache_width(self) -> int:
         """Count the numbers that a cache keeps of each token: its latent and its turned part."""
         return self.kv_lora_rank + self.rope_head_dim
-
-    def forward(
-        self,
-        x: Float[Tensor, "b n d"],
-        context: Float[Tensor, "b m d"] | None = None,
-        *,
-        mask: Bool[Tensor, "#b #h #n #m"] | None = None,
-        is_causal: bool = False,
-        bias: Float[Tensor, "#b #h #n #m"] | None = None,
-        rotation: Callable[[Tensor], Tensor] | None = None,
-    ) -> Float[Tensor, "b n d"]:
-        """Mix into each token of x what its heads find in the context.
-
-        Args:
-            x: tokens that ask.
-            context: tokens that answer, for cross-attention; x if not given.
-            mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
-            is_causal: let a token see no later one; aligned at the bottom right. Joined with
-                ``mask`` by AND.
-            bias: finite numbers added to the scaled scores; each axis of size 1 or full.
-            rotation: turns the rope_head_dim numbers of queries and keys by their positions, as
-                ``RotaryPositions(head_dim=rope_head_dim, interleaved=True).rotation`` makes it
-                for those of the context; the tokens of x are the last of them.
-
-        Returns:
-            The mixed tokens, shaped like x.
-
-        Raises:
-            ValueError: if x or context has not the shape (batch, length, d_model), is empty, or
-                has not the device or (autocast apart) the dtype of the layer, if their batches
-                differ, or if mask, bias or rotation does not fit.
-
-        Example:
-            >>> from tfm_ref import RotaryPositions
-            >>> sizes = dict(head_dim=4, rope_head_dim=2, v_head_dim=4, kv_lora_rank=3)
-            >>> turn = RotaryPositions(head_dim=2, interleaved=True).rotation(torch.arange(5)[None])
-            >>> x, attention = torch.randn(1, 5, 8), LatentAttention(d_model=8, n_heads=2, **sizes)
-            >>> newest = attention(x[:, 4:], x, rotation=turn)
-            >>> torch.allclose(newest, attention(x, rotation=turn)[:, 4:], atol=1e-6)
-            True
-        """
-        q, k, v = self._project(x, context, rotation)
-        terms = {"mask": mask, "is_causal": is_causal, "bias": bias, "scale": self.scale}
-        y = BACKENDS[self.backend](q, k, v, dropout=self.dropout if self.training else 0.0, **terms)
-        return self.o_proj(rearrange(y, "b h n v -> b n (h v)"))
-
-    def attention_weights(
-        self,
-        x: Float[Tensor, "b n d"],
-        context: Float[Tensor, "b m d"] | None = None,
-        *,
-        mask: Bool[Tensor, "#b #h #n #m"] | None = None,
-        is_causal: bool = False,
-        bias: Float[Tensor, "#b #h #n #m"] | None = None,
-        rotation: Callable[[Tensor], Tensor] | None = None,
-    ) -> Float[Tensor, "b h n m"]:
-        """Show the weights that :meth:`forward` uses, before dropout; its arguments are the same.
-
-        Returns:
-            Weights of shape (batch, n_heads, len_q, len_k), as
-            :func:`tfm_ref.attention.attention_weights` gives.
-
-        Raises:
-            ValueError: as :meth:`forward`.
-        """
-        q, k, _ = self._project(x, context, rotation)
-        terms = {"mask": mask, "is_causal": is_causal, "bias": bias, "scale": self.scale}
-        return attention_weights(q, k, **terms)
 
     def _project(
         self,

@@ -96,7 +96,91 @@ BACKENDS = {"naive": scaled_dot_product_attention, "sdpa": fused_attention}
 """The ways to compute one and the same attention, by name."""
 
 
-class MultiHeadAttention(nn.Module):
+class AttentionLayer(nn.Module):
+    """Attend from tokens to tokens: what every layer does, however it makes queries, keys, values.
+
+    A layer makes them in ``_project``, and has ``o_proj``, ``scale``, ``dropout``, ``backend``.
+    """
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b m d"] | None = None,
+        *,
+        mask: Bool[Tensor, "#b #h #n #m"] | None = None,
+        is_causal: bool = False,
+        bias: Float[Tensor, "#b #h #n #m"] | None = None,
+        rotation: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Mix into each token of x what its heads find in the context.
+
+        Args:
+            x: tokens that ask.
+            context: tokens that answer, for cross-attention; x if not given.
+            mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
+            is_causal: let a token see no later one; aligned at the bottom right. Joined with
+                ``mask`` by AND.
+            bias: finite numbers added to the scaled scores; each axis of size 1 or full.
+            rotation: turns queries and keys by their positions, as
+                :meth:`tfm_ref.positions.PositionScheme.rotation` makes it for those of the
+                context; the tokens of x are the last of them.
+
+        Returns:
+            The mixed tokens, shaped like x.
+
+        Raises:
+            ValueError: if x or context has not the shape (batch, length, d_model), is empty, or
+                has not the device or (autocast apart) the dtype of the layer, if their batches
+                differ, or if mask, bias or rotation does not fit.
+
+        Example:
+            >>> x, context = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+            >>> MultiHeadAttention(d_model=8, n_heads=2)(x, context).shape
+            torch.Size([2, 3, 8])
+        """
+        q, k, v = self._project(x, context, rotation)
+        terms = {"mask": mask, "is_causal": is_causal, "bias": bias, **self._form()}
+        dropout = self.dropout if self.training else 0.0
+        y = BACKENDS[self.backend](q, k, v, **terms, dropout=dropout)
+        return self.o_proj(rearrange(y, "b h n v -> b n (h v)"))
+
+    def attention_weights(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b m d"] | None = None,
+        *,
+        mask: Bool[Tensor, "#b #h #n #m"] | None = None,
+        is_causal: bool = False,
+        bias: Float[Tensor, "#b #h #n #m"] | None = None,
+        rotation: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "b h n m"]:
+        """Show the weights that :meth:`forward` uses, before dropout; its arguments are the same.
+
+        Returns:
+            Weights of shape (batch, n_heads, len_q, len_k), as
+            :func:`tfm_ref.attention.attention_weights` gives.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        q, k, _ = self._project(x, context, rotation)
+        return attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias, **self._form())
+
+    def _form(self) -> dict[str, object]:
+        """Give what of the equation is fixed for the layer."""
+        return {"scale": self.scale}
+
+    def _project(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Float[Tensor, "b m d"] | None,
+        rotation: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b g m k"], Float[Tensor, "b g m v"]]:
+        """Make queries, keys and values, and give each head its own."""
+        raise NotImplementedError
+
+
+class MultiHeadAttention(AttentionLayer):
     """Let every token gather information from the tokens of a context, by several heads at once.
 
     ``head_i = Attention(x W_Q[i], c W_K[i], c W_V[i])``,
@@ -201,73 +285,8 @@ class MultiHeadAttention(nn.Module):
         """Count the numbers that a cache keeps of each token: its keys and its values."""
         return self.n_kv_heads * (self.head_dim + self.v_head_dim)
 
-    def forward(
-        self,
-        x: Float[Tensor, "b n d"],
-        context: Float[Tensor, "b m d"] | None = None,
-        *,
-        mask: Bool[Tensor, "#b #h #n #m"] | None = None,
-        is_causal: bool = False,
-        bias: Float[Tensor, "#b #h #n #m"] | None = None,
-        rotation: Callable[[Tensor], Tensor] | None = None,
-    ) -> Float[Tensor, "b n d"]:
-        """Mix into each token of x what its heads find in the context.
-
-        Args:
-            x: tokens that ask.
-            context: tokens that answer, for cross-attention; x if not given.
-            mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
-            is_causal: let a token see no later one; aligned at the bottom right. Joined with
-                ``mask`` by AND.
-            bias: finite numbers added to the scaled scores; each axis of size 1 or full.
-            rotation: turns queries and keys by their positions, as
-                :meth:`tfm_ref.positions.PositionScheme.rotation` makes it for those of the
-                context; the tokens of x are the last of them.
-
-        Returns:
-            The mixed tokens, shaped like x.
-
-        Raises:
-            ValueError: if x or context has not the shape (batch, length, d_model), is empty, or
-                has not the device or (autocast apart) the dtype of the layer, if their batches
-                differ, or if mask, bias or rotation does not fit.
-
-        Example:
-            >>> x, context = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
-            >>> MultiHeadAttention(d_model=8, n_heads=2)(x, context).shape
-            torch.Size([2, 3, 8])
-        """
-        q, k, v = self._project(x, context, rotation)
-        terms = {"mask": mask, "is_causal": is_causal, "bias": bias, **self._form()}
-        dropout = self.dropout if self.training else 0.0
-        y = BACKENDS[self.backend](q, k, v, **terms, dropout=dropout)
-        return self.o_proj(rearrange(y, "b h n v -> b n (h v)"))
-
-    def attention_weights(
-        self,
-        x: Float[Tensor, "b n d"],
-        context: Float[Tensor, "b m d"] | None = None,
-        *,
-        mask: Bool[Tensor, "#b #h #n #m"] | None = None,
-        is_causal: bool = False,
-        bias: Float[Tensor, "#b #h #n #m"] | None = None,
-        rotation: Callable[[Tensor], Tensor] | None = None,
-    ) -> Float[Tensor, "b h n m"]:
-        """Show the weights that :meth:`forward` uses, before dropout; its arguments are the same.
-
-        Returns:
-            Weights of shape (batch, n_heads, len_q, len_k), as
-            :func:`tfm_ref.attention.attention_weights` gives.
-
-        Raises:
-            ValueError: as :meth:`forward`.
-        """
-        q, k, _ = self._project(x, context, rotation)
-        return attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias, **self._form())
-
     def _form(self) -> dict[str, object]:
-        """Give what of the equation is fixed for the layer."""
-        return {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
+        return {**super()._form(), "softcap": self.softcap, "sinks": self.sinks}
 
     def _project(
         self,

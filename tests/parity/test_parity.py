@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracles import redraw
 from parity.cases import CASES
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import DynamicCache
 
@@ -174,6 +175,8 @@ def test_there_and_back(case, tmp_path):
         near = tolerance(case, torch.float32)
         assert_close(ours(*tokens), theirs(**named).logits, **near)
         written = convert.to_hf(ours, theirs.config.model_type)
+        stored = set().union(*(load_file(f) for f in (tmp_path / "theirs").glob("*.safetensors")))
+        assert stored <= written.keys() <= stored | theirs.state_dict().keys()
         again = convert.from_hf(written, settings(theirs))
         assert_close(again.state_dict(), ours.state_dict(), atol=1e-6, rtol=0)
         other = redraw(case.build())
