@@ -15,6 +15,13 @@ if find_spec("beartype"):
     )
 pytest.register_assert_rewrite("conformance.checks")
 
+# Examples are the same in every run, and a busy machine fails none of them.
+if find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("steady", deadline=None, derandomize=True)
+    settings.load_profile("steady")
+
 import torch  # noqa: E402
 
 torch.set_num_threads(1)

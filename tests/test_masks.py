@@ -4,13 +4,12 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tfm_ref import causal_mask, padding_mask, prefix_mask, sliding_window_mask
 
 lengths = st.integers(1, 8)
-explore = settings(deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,6 @@ def test_padding_by_hand(side, expected):
     assert ["".join(str(int(v)) for v in row[0, 0]) for row in mask] == expected.split()
 
 
-@explore
 @given(lengths, lengths, st.integers(0, 3))
 def test_extremes_are_the_simpler_masks(len_q, len_k, more):
     """A window over all is causal, a prefix of nothing is causal, a prefix of all hides nothing."""
@@ -63,7 +61,6 @@ def test_extremes_are_the_simpler_masks(len_q, len_k, more):
     assert prefix_mask(len_q, len_k, prefix=len_k).all()
 
 
-@explore
 @given(lengths, st.data())
 def test_chunks_are_rows_of_the_whole(length, data):
     """Queries start to stop over the keys up to stop get their rows of the square mask."""
@@ -80,7 +77,6 @@ def test_chunks_are_rows_of_the_whole(length, data):
         assert torch.equal(chunk, build(length, **option)[..., start:stop, :stop])
 
 
-@explore
 @given(lengths, lengths, lengths)
 def test_window_counts_the_keys_in_sight(len_q, len_k, window):
     """A query at position p sees min(window, p + 1) keys, none if it stands before the first."""

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracles import draw, redraw, values_and_gradients
 from torch.testing import assert_close
@@ -33,7 +33,6 @@ B, N, D, FF, E, K = 3, 5, 8, 6, 8, 3
 TOKENS = 20
 SIZES = {"d_model": D, "d_ff": FF, "n_experts": E, "top_k": K}
 ROUTER = {"d_model": D, "n_experts": E, "top_k": K}
-explore = settings(deadline=None, derandomize=True)
 
 
 def settle(module):
@@ -359,7 +358,6 @@ def test_router_computes_in_float32(dtype, score, device):
     assert {t.dtype for t in layer.double()(x.double())[1:]} == {torch.float64}
 
 
-@explore
 @given(st.data())
 def test_choice_by_its_definition(data):
     """Every setting: sort by hand, one token at a time."""
