@@ -10,7 +10,7 @@ import torch
 from oracles import SAMPLE
 
 from tfm_ref import read_pairs
-from tfm_ref.bench import load_record, save_record
+from tfm_ref.bench import load_record, new_record, save_record
 
 PATH = Path(__file__).parents[1] / "tools/translate.py"
 
@@ -61,7 +61,8 @@ def test_sentences_learned_by_heart_are_translated(
     assert 0 < values["share_of_peak"] < 1
     assert values["tokens_per_second"] > 0
 
-    save_record(tmp_path, "multi30k", values, device="cpu", modules=translate.MODULES)
+    record = new_record("multi30k", values, device="cpu", modules=translate.MODULES)
+    save_record(record, tmp_path)
     record = load_record("multi30k", tmp_path)
     assert record["values"] == json.loads(json.dumps(values))
     assert record["is_current"]

@@ -32,7 +32,7 @@ from tfm_ref import (
     noam_lr,
     train_bpe,
 )
-from tfm_ref.bench import matmul_peak, save_record, synchronize
+from tfm_ref.bench import matmul_peak, new_record, save_record, synchronize
 from tfm_ref.training import load_weights, set_seed
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
@@ -208,8 +208,8 @@ def main() -> None:
     names = {"train": "train", "val": "val", "test": "test_2016_flickr"}
     splits = {name: multi30k(arguments.data, split) for name, split in names.items()}
     values = run(splits, Settings(), arguments.device, arguments.out)
-    terms = {"device": arguments.device, "modules": MODULES}
-    print(save_record(arguments.out, "multi30k", values, **terms).read_text("utf-8"))
+    record = new_record("multi30k", values, device=arguments.device, modules=MODULES)
+    print(save_record(record, arguments.out).read_text("utf-8"))
 
 
 if __name__ == "__main__":
