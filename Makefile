@@ -34,10 +34,12 @@ notebooks-all: .venv/ready ## run all notebooks anew: after a change in tfm_ref
 bench: .venv/ready ## print how fast the package is against others, on one thread of the CPU
 	$(BIN)/pytest --quiet --capture=no tests/test_speed.py
 
-gpu: ## run the tests of attention on CUDA with the Python that is active
+gpu: ## on CUDA, with the Python that is active: tests, then all measurements, into the folder OUT
 	TFM_REF_DEVICE=cuda $(PYTHON) -m pytest -o addopts=--import-mode=importlib \
-		tests/conformance tests/test_attention.py tests/test_multi_head.py \
-		tests/test_training.py::test_fit_on_cuda
+		tests/conformance tests/test_attention.py tests/test_multi_head.py tests/test_bench.py \
+		tests/test_benchmarks.py tests/test_flash.py tests/test_flash_triton.py \
+		tests/test_decode_triton.py tests/test_training.py::test_fit_on_cuda
+	$(PYTHON) -m tfm_ref.benchmarks "$(or $(OUT),tfm_ref/results)"
 
 gpu-translate: ## train the base model on Multi30k in the folder DATA, and record it in the folder OUT
 	$(PYTHON) tools/translate.py "$(DATA)" --out "$(or $(OUT),_build/multi30k)"
