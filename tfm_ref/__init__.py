@@ -36,6 +36,7 @@ from tfm_ref.expert_parallel import (
     expert_shares,
     whole_state_dict,
 )
+from tfm_ref.flash import PartialSoftmax, merge, online_softmax, tiled_attention
 from tfm_ref.generation import (
     Hypotheses,
     beam_search,
@@ -125,6 +126,7 @@ __all__ = [
     "MultiHeadAttention",
     "NTKScaling",
     "Pair",
+    "PartialSoftmax",
     "PositionScheme",
     "RMSNorm",
     "RotaryPositions",
@@ -173,9 +175,11 @@ __all__ = [
     "load_checkpoint",
     "load_safetensors",
     "load_weights",
+    "merge",
     "missing_multi30k",
     "multi30k",
     "noam_lr",
+    "online_softmax",
     "padding_mask",
     "padding_share",
     "pooled_loss",
@@ -193,6 +197,7 @@ __all__ = [
     "sinusoidal_encoding",
     "sliding_window_mask",
     "switch_loss",
+    "tiled_attention",
     "to_hf",
     "top_k_filter",
     "top_p_filter",

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tfm_ref.layers import RMSNorm
-from tfm_ref.multi_head import BACKENDS, AttentionLayer
-from tfm_ref.validation import check_choice, check_dropout, check_size, check_tokens
+from tfm_ref.multi_head import AttentionLayer, check_backend
+from tfm_ref.validation import check_dropout, check_size, check_tokens
 
 
 class LatentAttention(AttentionLayer):
@@ -35,13 +35,13 @@ class LatentAttention(AttentionLayer):
         bias: add a bias to the projections from d_model to a latent, and to that of the output.
         scale: factor of the dot products; 1/√(head_dim + rope_head_dim) if not given.
         norm_eps: eps of the norms of the latents.
-        dropout: probability with which a weight is set to 0 in training.
-        backend: how to compute, "sdpa" (PyTorch's fused kernels) or "naive" (as it is written in
-            the equation); the result is the same.
+        dropout: probability with which a weight is set to 0 in training; not with "tiled".
+        backend: how to compute, "sdpa" (PyTorch's fused kernels), "tiled" (FlashAttention in plain
+            PyTorch) or "naive" (as it is written in the equation); the result is the same.
 
     Raises:
         ValueError: if a size is not an integer of at least 1, norm_eps is negative, dropout does
-            not lie in 0 ≤ dropout < 1, or the backend is unknown.
+            not lie in 0 ≤ dropout < 1, or the backend is unknown or lacks the dropout asked for.
 
     Reference:
         DeepSeek-AI 2024, "DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts
@@ -94,7 +94,7 @@ class LatentAttention(AttentionLayer):
         if q_lora_rank is not None:
             check_size("q_lora_rank", q_lora_rank)
         check_dropout(dropout)
-        check_choice("backend", backend, BACKENDS)
+        check_backend(backend, dropout=dropout)
         self.scale, self.dropout, self.backend = scale, dropout, backend
 
         q_width, kv_width = n_heads * (head_dim + rope_head_dim), n_heads * (head_dim + v_head_dim)

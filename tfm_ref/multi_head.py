@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tfm_ref.attention import attention_weights, scaled_dot_product_attention
 from tfm_ref.cache import KVCache
+from tfm_ref.flash import tiled_attention
 from tfm_ref.masks import causal_mask
 from tfm_ref.validation import (
     check_bias,
@@ -57,7 +58,9 @@ def fused_attention(
     check_qkv(q, k, v)
     check_dropout(dropout)
     if softcap is not None:
-        raise ValueError(f'PyTorch\'s kernels have no softcap; got {softcap}. Use "naive".')
+        raise ValueError(
+            f'PyTorch\'s kernels have no softcap; got {softcap}. Use "naive" or "tiled".'
+        )
     scores = q.new_empty(()).expand(*q.shape[:3], k.shape[2])  # no memory: what checks look at
     if bias is not None:
         check_bias(bias, scores)
@@ -93,8 +96,40 @@ def fused_attention(
     return y if blind is None else y.masked_fill(blind, 0.0)
 
 
-BACKENDS = {"naive": scaled_dot_product_attention, "sdpa": fused_attention}
+BACKENDS = {
+    "naive": scaled_dot_product_attention,
+    "tiled": tiled_attention,
+    "sdpa": fused_attention,
+}
 """The ways to compute one and the same attention, by name."""
+
+LACKS = {"tiled": "dropout", "sdpa": "softcap"}
+"""What a way to compute cannot do."""
+
+
+def check_backend(backend: str, *, dropout: float = 0.0, softcap: float | None = None) -> None:
+    """Refuse a way to compute that is unknown, or that lacks what the layer asks for.
+
+    Args:
+        backend: its name.
+        dropout: probability with which a weight is set to 0.
+        softcap: what bounds the scores, if anything.
+
+    Raises:
+        ValueError: if there is no such backend, or if dropout is above 0 or softcap given and it
+            has none.
+
+    Example:
+        >>> check_backend("sdpa", softcap=50.0)
+        Traceback (most recent call last):
+        ValueError: softcap (50.0) needs backend "naive" or "tiled"; got "sdpa"
+    """
+    check_choice("backend", backend, BACKENDS)
+    asked = {"dropout": dropout or None, "softcap": softcap}
+    lacking = LACKS.get(backend)
+    if asked.get(lacking) is not None:
+        able = " or ".join(f'"{name}"' for name in BACKENDS if LACKS.get(name) != lacking)
+        raise ValueError(f'{lacking} ({asked[lacking]}) needs backend {able}; got "{backend}"')
 
 
 class AttentionLayer(nn.Module):
@@ -241,17 +276,18 @@ class MultiHeadAttention(AttentionLayer):
         qk_norm: makes a norm when called with head_dim, one for the queries and one for the keys
             of all heads; they are not normalised if not given.
         scale: factor of the dot products; 1/√head_dim if not given.
-        softcap: bends the scaled scores into (-softcap, softcap); only with "naive".
+        softcap: bends the scaled scores into (-softcap, softcap); not with "sdpa".
         sinks: learn one score per head that takes its share of each softmax and gives nothing.
-        dropout: probability with which a weight is set to 0 in training.
-        backend: how to compute, "sdpa" (PyTorch's fused kernels) or "naive" (as it is written in
-            the equation); the result is the same. "sdpa" if not given, but with softcap "naive".
+        dropout: probability with which a weight is set to 0 in training; not with "tiled".
+        backend: how to compute, "sdpa" (PyTorch's fused kernels), "tiled" (FlashAttention in plain
+            PyTorch) or "naive" (as it is written in the equation); the result is the same.
+            "sdpa" if not given, but with softcap "naive".
 
     Raises:
         ValueError: if a size is not an integer of at least 1, n_heads is no multiple of
             n_kv_heads, head_dim is not given and n_heads does not divide d_model, dropout does
-            not lie in 0 ≤ dropout < 1, softcap is not above 0 or meets "sdpa", or bias or backend
-            is unknown.
+            not lie in 0 ≤ dropout < 1, softcap is not above 0, the backend is unknown or lacks
+            softcap or dropout where asked for, or bias is unknown.
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2; Shazeer 2019, "Fast
@@ -307,11 +343,9 @@ class MultiHeadAttention(AttentionLayer):
         check_dropout(dropout)
         if backend is None:
             backend = "sdpa" if softcap is None else "naive"
-        check_choice("backend", backend, BACKENDS)
         if softcap is not None:
             check_softcap(softcap)
-            if backend == "sdpa":
-                raise ValueError(f'softcap ({softcap}) needs backend "naive"; got "sdpa"')
+        check_backend(backend, dropout=dropout, softcap=softcap)
         self.scale, self.softcap = scale, softcap
         self.dropout, self.backend = dropout, backend
 
