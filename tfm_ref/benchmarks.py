@@ -66,10 +66,7 @@ def _flex_compiled() -> Attend:
 
 @cache
 def _flex_causal(n: int, m: int, device: torch.device) -> BlockMask:
-    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return i >= j
-
-    return create_block_mask(sees, None, None, n, m, device=device)
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, n, m, device=device)
 
 
 ATTENTIONS: dict[str, Attend] = {
@@ -273,7 +270,7 @@ def _error(found: list[Tensor], exact: list[Tensor], rough: list[Tensor]) -> flo
 def peaks(device: torch.device | str) -> dict[str, float]:
     """Measure what the device can do at most: operations and bytes per second."""
     gpu = torch.device(device).type == "cuda"
-    dtype, size, n_bytes = (torch.bfloat16, 8192, 2**31) if gpu else (torch.float32, 1024, 2**28)
+    dtype, size, n_bytes = (torch.bfloat16, 8192, 2**31) if gpu else (torch.float32, 512, 2**26)
     return {
         "matmul": matmul_peak(device, dtype, size=size),
         "copy": copy_peak(device, n_bytes=n_bytes),
