@@ -2,8 +2,8 @@
 
 What the models of a family do is in :mod:`tfm_ref.zoo`. A table of names has one line for each
 tensor: our module, theirs, and in brackets the form in which theirs holds ours; a name of theirs
-that ends in .weight or .bias is a tensor's, as is ours beside it. ``*`` is the
-number of a layer, ``#`` that of an expert; ``+`` joins our modules that one tensor of theirs
+that ends in .weight or .bias, or is one of experts, is a tensor's, as is ours beside it. ``*`` is
+the number of a layer, ``#`` that of an expert; ``+`` joins our modules that one tensor of theirs
 holds; ``|`` is another spelling, read and never written. What stands in two lines is stored
 twice, and must agree.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tfm_ref import zoo
 from tfm_ref.config import Experts, Latent
+from tfm_ref.positions import QueryScaling
 from tfm_ref.rotary import LinearScaling, Llama3Scaling, RopeScaling, YaRNScaling
 from tfm_ref.validation import check_choice
 
@@ -207,6 +208,17 @@ stack.blocks.*.feed_forward.up_proj             model.layers.*.block_sparse_moe.
 | stack.blocks.*.feed_forward.down_proj         model.layers.*.mlp.experts.down_proj
 """
 )
+LLAMA4 = (
+    LLAMA.replace(".mlp.", ".feed_forward.")
+    + """
+stack.blocks.*.feed_forward.router.proj       model.layers.*.feed_forward.router
+stack.blocks.*.feed_forward.gate_proj+up_proj model.layers.*.feed_forward.experts.gate_up_proj [turned halves]
+stack.blocks.*.feed_forward.down_proj         model.layers.*.feed_forward.experts.down_proj    [turned]
+stack.blocks.*.feed_forward.shared.gate_proj  model.layers.*.feed_forward.shared_expert.gate_proj
+stack.blocks.*.feed_forward.shared.up_proj    model.layers.*.feed_forward.shared_expert.up_proj
+stack.blocks.*.feed_forward.shared.down_proj  model.layers.*.feed_forward.shared_expert.down_proj
+"""  # noqa: E501
+)
 GPT_OSS = (
     LLAMA
     + """
@@ -368,6 +380,39 @@ def global_every(usual: int | None) -> Reader:
     return read
 
 
+def llama4_kinds(hf: HFConfig) -> list[str]:
+    """Say which layers of Llama 4 have chunks and positions: those listed, or three in four."""
+    every = hf.get("no_rope_layer_interval", 4)
+    usual = [(layer + 1) % every for layer in range(hf["num_hidden_layers"])]
+    listed = hf.get("no_rope_layers") or usual
+    return ["chunked_attention" if turned else "full_attention" for turned in listed]
+
+
+def chunks(read: Reader) -> Reader:
+    """Read the chunks of Llama 4 by a function that reads windows."""
+
+    def read_chunks(hf: HFConfig) -> object:
+        kinds = [kind.replace("chunked", "sliding") for kind in llama4_kinds(hf)]
+        return read(
+            HFConfig(hf | {"layer_types": kinds, "sliding_window": hf["attention_chunk_size"]})
+        )
+
+    return read_chunks
+
+
+def rope_scaling_before_norm(hf: HFConfig) -> RopeScaling | None:
+    """Read how RoPE is stretched, where a norm follows it, which a temperature would not pass."""
+    check_choice("rope_type", rope(hf).get("rope_type", "default"), SCALINGS.keys() - {"yarn"})
+    return rope_scaling(hf)
+
+
+def query_scaling(hf: HFConfig) -> QueryScaling | None:
+    """Read by what late queries are multiplied."""
+    if not hf["attn_temperature_tuning"]:
+        return None
+    return QueryScaling(length=hf["floor_scale"], strength=hf["attn_scale"])
+
+
 def t5_activation(hf: HFConfig) -> str:
     """Read the activation of T5; what it calls gated-gelu is the approximation by tanh."""
     kind = hf["feed_forward_proj"].removeprefix("gated-")
@@ -513,6 +558,17 @@ GEMMA_FIELDS = (
     }
 )
 MOE = {"d_ff": lambda hf: None}
+LLAMA4_EXPERTS = {
+    "d_ff": "intermediate_size",
+    "n_experts": "num_local_experts",
+    "top_k": "num_experts_per_tok",
+    "n_shared": lambda hf: 1,
+    "n_dense_layers": lambda hf: hf["interleave_moe_layer_step"] - 1,
+    "every": "interleave_moe_layer_step",
+    "score": lambda hf: "sigmoid",
+    "normalise": lambda hf: False,
+    "scale_input": lambda hf: True,
+}
 DEEPSEEK_FIELDS = {
     "d_ff": "moe_intermediate_size",
     "n_experts": "n_routed_experts",
@@ -769,6 +825,32 @@ FAMILIES = {
         },
         QWEN_ONLY | {"decoder_sparse_step": 1, "mlp_only_layers": []},
         LLAMA + EXPERTS,
+    ),
+    "llama4_text": Family(
+        zoo.LLAMA4,
+        LLAMA_FIELDS
+        | {
+            "d_ff": lambda hf: (
+                hf["intermediate_size_mlp"] if hf["interleave_moe_layer_step"] > 1 else None
+            ),
+            "rope_theta": rope_theta(500_000.0),
+            "rope_scaling": rope_scaling_before_norm,
+            "window": chunks(window),
+            "global_every": chunks(global_every(None)),
+            "qk_norm": lambda hf: "rms_norm_no_gain" if hf["use_qk_norm"] else None,
+            "global_qk_norm": lambda hf: not hf["use_qk_norm"],
+            "query_scaling": query_scaling,
+            "experts": experts(**LLAMA4_EXPERTS),
+        },
+        {
+            "layer_types": llama4_kinds,
+            "moe_layers": lambda hf: [
+                layer
+                for layer in range(hf["num_hidden_layers"])
+                if (layer + 1) % hf["interleave_moe_layer_step"] == 0
+            ],
+        },
+        LLAMA4,
     ),
     "gpt_oss": Family(
         zoo.GPT_OSS,

@@ -48,6 +48,15 @@ T5 = {
     "decoder_start_token_id": 0,
 }
 EXPERTS = {"num_experts_per_tok": 2}
+LLAMA4 = LLAMA | {
+    "intermediate_size_mlp": 40,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "num_local_experts": 6,
+    "attention_chunk_size": 5,
+    "floor_scale": 4,
+    "attn_scale": 0.7,
+}
 MLA = {
     "kv_lora_rank": 12,
     "qk_nope_head_dim": 10,
@@ -118,6 +127,11 @@ class Case:
     def buffers(self) -> list[str]:
         """Name what is a parameter in ours, and a buffer in theirs."""
         return ["head.proj.bias"] if self.config in ("BartConfig", "MarianConfig") else []
+
+    @property
+    def counts_padding(self) -> bool:
+        """Say whether places are counted from the left end of a batch, padding or not."""
+        return self.config == "Llama4TextConfig"
 
     @property
     def relative(self) -> bool:
@@ -333,6 +347,17 @@ CASES = [
             "num_local_experts": 6,
             "sliding_window": 5,
         }
+        | EXPERTS,
+        exact=False,
+    ),
+    Case("Llama 4", "Llama4TextConfig", LLAMA4 | rope("llama3", **LLAMA3), exact=False),
+    Case(
+        "Llama 4, every second a mixture, top 2, no QK-norm",
+        "Llama4TextConfig",
+        LLAMA4
+        | rope()
+        | {"interleave_moe_layer_step": 2, "use_qk_norm": False, "attention_bias": True}
+        | {"attn_temperature_tuning": False, "no_rope_layers": [1, 0, 1, 0]}
         | EXPERTS,
         exact=False,
     ),

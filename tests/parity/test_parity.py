@@ -132,6 +132,8 @@ def test_gradients(case):
 @torch.no_grad()
 def test_padding(case, side):
     """With padding on either side, real tokens get the logits of theirs."""
+    if case.counts_padding and side == "left":
+        pytest.skip("theirs counts padding as tokens: see test_departures")
     ours, theirs = pair(case)
     length = SOURCE if case.kind == "both" else LENGTH
     mask = padding_mask(REAL, length, side=side)
