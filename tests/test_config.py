@@ -122,6 +122,7 @@ def test_every_choice_does_something(name):
                 "scale_input": True,
                 "noise": 0.5,
                 "capacity_factor": 0.1,
+                "capacity": 1,
             }.items()
         ],
     ],

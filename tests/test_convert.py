@@ -431,6 +431,29 @@ def test_the_layers_of_llama_4():
         config_from_hf(settings | {"rope_parameters": yarn})
 
 
+def test_the_layers_of_switch():
+    """Every second is a mixture, beginning with the second; in both stacks."""
+    settings = usual("switch_transformers")
+    config = config_from_hf(settings)
+    assert (config.n_encoder_layers, config.n_layers) == (4, 2)
+    assert [layer for layer in range(4) if config.encoder.has_experts(layer)] == [1, 3]
+    assert [layer for layer in range(2) if config.has_experts(layer)] == [1]
+    every = {"num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 2}
+    assert config_from_hf(settings | every).d_ff is None
+    alike = {"num_decoder_layers": None, "num_sparse_decoder_layers": 2}
+    assert config_from_hf(settings | alike).n_layers == 4
+    for other, steps in (
+        ({"num_sparse_decoder_layers": 2}, "[2, 1]"),
+        (
+            {"num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0},
+            "[0, 0]",
+        ),
+    ):
+        message = f"every n-th layer must be a mixture, in both stacks; got n = {steps}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            config_from_hf(settings | other)
+
+
 TWO_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 

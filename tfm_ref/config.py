@@ -106,6 +106,7 @@ class Experts:
     scale_input: bool = False
     noise: float = 0.0
     capacity_factor: float | None = None
+    capacity: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

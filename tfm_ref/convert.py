@@ -234,11 +234,11 @@ def _stack_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     stacked, single = {}, {}
     for name, t in tensors.items():
-        number = re.search(r"\bexperts\.(\d+)\.", name)
+        number = re.search(r"\bexperts\.(?:expert_)?(\d+)\.", name)
         if number is None:
             stacked[name] = t
         else:
-            common = name.replace(number[0], "experts.#.")
+            common = name.replace(number[0], number[0].replace(number[1], "#"))
             single.setdefault(common, {})[int(number[1])] = name
     for common, names in single.items():
         parts = [tensors[names[i]] for i in sorted(names)]

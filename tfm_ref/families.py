@@ -68,8 +68,8 @@ encoder.blocks.*.attention.k_proj       encoder.block.*.layer.0.SelfAttention.k
 encoder.blocks.*.attention.v_proj       encoder.block.*.layer.0.SelfAttention.v
 encoder.blocks.*.attention.o_proj       encoder.block.*.layer.0.SelfAttention.o
 encoder.blocks.*.feed_forward_norm      encoder.block.*.layer.1.layer_norm
-encoder.blocks.*.feed_forward.up_proj   encoder.block.*.layer.1.DenseReluDense.wi
-encoder.blocks.*.feed_forward.down_proj encoder.block.*.layer.1.DenseReluDense.wo
+encoder.blocks.*.feed_forward.up_proj.weight   encoder.block.*.layer.1.DenseReluDense.wi.weight
+encoder.blocks.*.feed_forward.down_proj.weight encoder.block.*.layer.1.DenseReluDense.wo.weight
 encoder.norm                            encoder.final_layer_norm
 embedding.tokens                        encoder.embed_tokens
 """  # noqa: E501
@@ -90,11 +90,21 @@ head.proj        lm_head
     + T5_CROSS
 )
 T5_GATED = (
-    T5.replace("DenseReluDense.wi\n", "DenseReluDense.wi_1\n")
+    T5.replace("DenseReluDense.wi.", "DenseReluDense.wi_1.")
     + """
 encoder.blocks.*.feed_forward.gate_proj encoder.block.*.layer.1.DenseReluDense.wi_0
 decoder.blocks.*.feed_forward.gate_proj decoder.block.*.layer.2.DenseReluDense.wi_0
 """
+)
+SWITCH_STACK = """
+encoder.blocks.*.feed_forward.router.proj encoder.block.*.layer.1.mlp.router.classifier
+encoder.blocks.*.feed_forward.up_proj     encoder.block.*.layer.1.mlp.experts.expert_#.wi.weight
+encoder.blocks.*.feed_forward.down_proj   encoder.block.*.layer.1.mlp.experts.expert_#.wo.weight
+"""
+SWITCH = (
+    T5.replace("DenseReluDense", "mlp")
+    + SWITCH_STACK
+    + SWITCH_STACK.replace("encoder.", "decoder.").replace("layer.1.", "layer.2.")
 )
 BART_STACK = """
 encoder.positions.table                 model.encoder.embed_positions.weight
@@ -413,6 +423,11 @@ def query_scaling(hf: HFConfig) -> QueryScaling | None:
     return QueryScaling(length=hf["floor_scale"], strength=hf["attn_scale"])
 
 
+def t5_decoder_layers(hf: HFConfig) -> int:
+    """Read the number of layers that write: as many as read, if it is not said."""
+    return hf.get("num_decoder_layers") or hf["num_layers"]
+
+
 def t5_activation(hf: HFConfig) -> str:
     """Read the activation of T5; what it calls gated-gelu is the approximation by tanh."""
     kind = hf["feed_forward_proj"].removeprefix("gated-")
@@ -423,6 +438,20 @@ def t5_activation(hf: HFConfig) -> str:
 def experts(**fields: object) -> Reader:
     """Read a mixture of experts; its fields are read as those of a config are."""
     return lambda hf: Experts(**read_fields(hf, fields))
+
+
+def switch_step(hf: HFConfig) -> int:
+    """Read every how many-th layer of Switch is a mixture, which must be so in both stacks."""
+    steps = [
+        layers // hf[mixtures] if hf[mixtures] else 0
+        for layers, mixtures in (
+            (hf["num_layers"], "num_sparse_encoder_layers"),
+            (t5_decoder_layers(hf), "num_sparse_decoder_layers"),
+        )
+    ]
+    if not steps[0] == steps[1] >= 1:
+        raise ValueError(f"every n-th layer must be a mixture, in both stacks; got n = {steps}")
+    return steps[0]
 
 
 def latent_scale(hf: HFConfig) -> float:
@@ -540,6 +569,19 @@ LLAMA_FIELDS = SIZES | {
     "activation": activation("hidden_act"),
     "tied_embeddings": ("tie_word_embeddings", False),
 }
+T5_FIELDS = TIED | {
+    "vocab_size": "vocab_size",
+    "d_model": "d_model",
+    "n_encoder_layers": "num_layers",
+    "n_layers": t5_decoder_layers,
+    "n_heads": "num_heads",
+    "head_dim": "d_kv",
+    "d_ff": "d_ff",
+    "t5_buckets": "relative_attention_num_buckets",
+    "t5_max_distance": ("relative_attention_max_distance", 128),
+    "norm_eps": "layer_norm_epsilon",
+}
+T5_ONLY = {"is_encoder_decoder": True, "is_decoder": False}
 LLAMA_ONLY = {"mlp_bias": False}
 WINDOW = {"window": window, "global_every": global_every(None)}
 QWEN_WINDOW = {"window": qwen_window, "global_every": global_every(None)}
@@ -558,6 +600,17 @@ GEMMA_FIELDS = (
     }
 )
 MOE = {"d_ff": lambda hf: None}
+SWITCH_EXPERTS = {
+    "d_ff": "d_ff",
+    "n_experts": "num_experts",
+    "top_k": lambda hf: 1,
+    "n_dense_layers": lambda hf: min(switch_step(hf) - 1, 1),
+    "every": switch_step,
+    "normalise": lambda hf: False,
+    "router_bias": ("router_bias", False),
+    "noise": ("router_jitter_noise", 0.01),
+    "capacity": "expert_capacity",
+}
 LLAMA4_EXPERTS = {
     "d_ff": "intermediate_size",
     "n_experts": "num_local_experts",
@@ -658,29 +711,34 @@ FAMILIES = {
     ),
     "t5": Family(
         zoo.T5,
-        TIED
+        T5_FIELDS
         | {
-            "vocab_size": "vocab_size",
-            "d_model": "d_model",
-            "n_encoder_layers": "num_layers",
-            "n_layers": lambda hf: hf.get("num_decoder_layers") or hf["num_layers"],
-            "n_heads": "num_heads",
-            "head_dim": "d_kv",
-            "d_ff": "d_ff",
-            "t5_buckets": "relative_attention_num_buckets",
-            "t5_max_distance": ("relative_attention_max_distance", 128),
-            "norm_eps": "layer_norm_epsilon",
             "activation": t5_activation,
             "gated": lambda hf: hf["feed_forward_proj"].startswith("gated-"),
             "scale_logits": lambda hf: hf.get(
                 "scale_decoder_outputs", hf.get("tie_word_embeddings", True)
             ),
         },
-        {"is_encoder_decoder": True, "is_decoder": False},
+        T5_ONLY,
         T5,
         "",
         r"decoder\..*EncDecAttention\.relative_attention_bias\.weight",
         gated_names=T5_GATED,
+        told_by_tensors=t5_untied,
+    ),
+    "switch_transformers": Family(
+        zoo.T5,
+        T5_FIELDS
+        | {
+            "d_ff": lambda hf: hf["d_ff"] if switch_step(hf) > 1 else None,
+            "activation": activation("dense_act_fn", "relu"),
+            "scale_logits": ("tie_word_embeddings", True),
+            "experts": experts(**SWITCH_EXPERTS),
+        },
+        T5_ONLY | {"router_dtype": "float32"},
+        SWITCH,
+        "",
+        r"decoder\..*EncDecAttention\.relative_attention_bias\.weight",
         told_by_tensors=t5_untied,
     ),
     "bart": Family(

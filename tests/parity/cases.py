@@ -47,6 +47,13 @@ T5 = {
     "pad_token_id": 0,
     "decoder_start_token_id": 0,
 }
+SWITCH = T5 | {
+    "num_layers": 4,
+    "num_sparse_encoder_layers": 2,
+    "num_sparse_decoder_layers": 1,
+    "num_experts": 6,
+    "expert_capacity": 64,
+}
 EXPERTS = {"num_experts_per_tok": 2}
 LLAMA4 = LLAMA | {
     "intermediate_size_mlp": 40,
@@ -100,7 +107,8 @@ class Case:
         """Say what the model is: "encoder", "decoder" or "both"."""
         if self.config in ("BertConfig", "RobertaConfig"):
             return "encoder"
-        return "both" if self.config in ("T5Config", "BartConfig", "MarianConfig") else "decoder"
+        two = "T5Config", "SwitchTransformersConfig", "BartConfig", "MarianConfig"
+        return "both" if self.config in two else "decoder"
 
     def fixed(self, model) -> list[str]:
         """Name the parameters that nobody learns: Marian's sinusoids."""
@@ -110,7 +118,7 @@ class Case:
     @property
     def spread(self) -> float:
         """Say by what weights are made smaller: scores that nothing scales make noise loud."""
-        return 0.5 if self.config == "T5Config" else 1.0
+        return 0.5 if self.config in ("T5Config", "SwitchTransformersConfig") else 1.0
 
     @property
     def copies(self) -> dict[str, str]:
@@ -191,6 +199,14 @@ CASES = [
         "T5 1.1",
         "T5Config",
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        exact=False,
+    ),
+    Case("Switch", "SwitchTransformersConfig", SWITCH | {"router_bias": True}, exact=False),
+    Case(
+        "Switch, tokens dropped",
+        "SwitchTransformersConfig",
+        SWITCH
+        | {"expert_capacity": 3, "num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 2},
         exact=False,
     ),
     Case("BART", "BartConfig", STACKS),
