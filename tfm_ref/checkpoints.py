@@ -172,6 +172,7 @@ def average_checkpoints(checkpoints: Sequence[Mapping[str, Tensor] | str | Path]
         the base model, written every 10 minutes.
 
     Example:
+        >>> import torch
         >>> average_checkpoints([{"w": torch.tensor([1.0])}, {"w": torch.tensor([4.0])}])
         {'w': tensor([2.5000])}
     """

@@ -366,7 +366,7 @@ def fit(
 
     Experts that lie in several processes (:class:`~tfm_ref.expert_parallel.ExpertParallel`) stay
     there: each process keeps those that its model begins with; all else is that of process 0. A
-    process without rows of its own computes on one of another, and counts it for nothing, since
+    process without rows of its own computes on one of another, whose loss it counts for nothing:
     its experts are needed. Checkpoints hold the experts of all.
 
     With a folder, a run that was stopped at any moment goes on from its last checkpoint as if
