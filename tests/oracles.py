@@ -46,6 +46,8 @@ def tiny(config: TransformerConfig) -> TransformerConfig:
         "max_seq_len": 16,
         "window": None if config.window is None else 3,
     }
+    if config.query_scaling is not None:
+        kept["query_scaling"] = replace(config.query_scaling, length=2)
     if config.latent is not None:
         ranks = {"kv_lora_rank": 7, "q_lora_rank": 5, "rope_head_dim": 4, "v_head_dim": 6}
         kept["latent"] = replace(config.latent, **ranks)

@@ -6,8 +6,9 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 import torch
 
-from tfm_ref import Experts, Latent, TransformerConfig, YaRNScaling, build
+from tfm_ref import Experts, Latent, QueryScaling, TransformerConfig, YaRNScaling, build
 from tfm_ref.config import RULES
+from tfm_ref.moe import MoELayer
 
 SIZES = {"vocab_size": 11, "d_model": 12, "n_layers": 3, "n_heads": 4, "d_ff": 10}
 BASE = TransformerConfig(**SIZES)
@@ -54,7 +55,8 @@ CHANGES = {  # one field, from a config in which it can do something
     "n_kv_heads": (BASE, {"n_kv_heads": 2}),
     "head_dim": (BASE, {"head_dim": 5}),
     "attention_bias": (BASE, {"attention_bias": "qkv"}),
-    "qk_norm": (BASE, {"qk_norm": True}),
+    "qk_norm": (BASE, {"qk_norm": "rms_norm_no_gain"}),
+    "query_scaling": (BASE, {"query_scaling": QueryScaling(length=2, strength=5.0)}),
     "attention_scale": (BASE, {"attention_scale": 3.0}),
     "attention_softcap": (BASE, {"attention_softcap": 0.1}),
     "sinks": (BASE, {"sinks": True}),
@@ -62,6 +64,7 @@ CHANGES = {  # one field, from a config in which it can do something
     "chunked": (ROPE, {"chunked": True}),
     "global_every": (ROPE, {"global_every": 3}),
     "global_positions": (ROPE, {"global_positions": False}),
+    "global_qk_norm": (replace(ROPE, qk_norm="rms_norm"), {"global_qk_norm": False}),
     "local_rope_theta": (ROPE, {"local_rope_theta": 50.0}),
     "latent": (ROPE, LATENT),
     "activation": (BASE, {"activation": "gelu"}),
@@ -103,6 +106,7 @@ def test_every_choice_does_something(name):
     ("config", "change"),
     [
         (replace(BASE, **EXPERTS), {"n_dense_layers": 1}),
+        (replace(BASE, **EXPERTS), {"every": 2}),
         *[
             (replace(BASE, **EXPERTS), {name: value})
             for name, value in {
@@ -118,18 +122,32 @@ def test_every_choice_does_something(name):
                 "scale_input": True,
                 "noise": 0.5,
                 "capacity_factor": 0.1,
+                "capacity": 1,
             }.items()
         ],
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_every_choice_of_experts_does_something(config, change):
-    d_ff = 10 if "n_dense_layers" in change else None
+    d_ff = 10 if change.keys() & {"n_dense_layers", "every"} else None
     other = replace(config, d_ff=d_ff, experts=replace(config.experts, **change))
     if "choice_bias" in change:
         assert build(other).stack.blocks[0].feed_forward.router.choice_bias is not None
     else:
         assert fingerprint(config) != fingerprint(other)
+
+
+@pytest.mark.parametrize(
+    ("n_dense_layers", "every", "mixtures"),
+    [(0, 1, [0, 1, 2, 3, 4]), (2, 1, [2, 3, 4]), (1, 2, [1, 3]), (0, 3, [0, 3]), (5, 2, [])],
+)
+def test_which_layers_are_mixtures(n_dense_layers, every, mixtures):
+    experts = Experts(d_ff=5, n_experts=4, top_k=2, n_dense_layers=n_dense_layers, every=every)
+    d_ff = None if len(mixtures) == 5 else 10
+    config = replace(BASE, n_layers=5, d_ff=d_ff, experts=experts)
+    made = [isinstance(block.feed_forward, MoELayer) for block in build(config).stack.blocks]
+    assert [layer for layer, is_mixture in enumerate(made) if is_mixture] == mixtures
+    assert [layer for layer in range(5) if config.has_experts(layer)] == mixtures
 
 
 def test_frozen_and_comparable():
@@ -186,7 +204,14 @@ REFUSED = {
         {"positions": "rope", "n_kv_heads": 2, **LATENT},
         "n_kv_heads = 2 needs latent = None; got Latent(",
     ),
-    "qk_norm": ({"positions": "rope", "qk_norm": True, **LATENT}, "qk_norm = True needs latent"),
+    "global_qk_norm": (
+        {"qk_norm": "rms_norm", "global_qk_norm": False},
+        "global_qk_norm = False needs global_every to be given; got None",
+    ),
+    "qk_norm": (
+        {"positions": "rope", "qk_norm": "rms_norm", **LATENT},
+        "qk_norm = 'rms_norm' needs latent = None",
+    ),
     "attention_softcap": (
         {"positions": "rope", "attention_softcap": 2.0, **LATENT},
         "attention_softcap = 2.0 needs latent = None",
@@ -239,6 +264,11 @@ def test_every_rule_is_tested():
             | {"window": 2, "global_every": 2},
             "theta must be finite and above 1; got 1.0",
         ),
+        (
+            {"window": 2, "global_every": 2, "global_qk_norm": False},
+            "global_qk_norm = False needs qk_norm to be given; got None",
+        ),
+        ({"qk_norm": True}, "qk_norm must be one of layer_norm, layer_norm_no_bias, rms_norm, rms"),
         ({"norm_eps": -1.0}, "norm_eps must be at least 0; got -1.0"),
         ({"positions": "rope", "rope_dim": 2, **LATENT}, "rope_dim = 2 needs latent = None"),
         ({"positions": "rotary"}, "positions must be one of none, learned, sinusoidal, rope, al"),
@@ -276,6 +306,14 @@ def test_every_rule_is_tested():
         (
             {"experts": Experts(d_ff=5, n_experts=4, top_k=2, n_dense_layers=4)},
             "n_dense_layers must be an integer from 0 to 3; got 4",
+        ),
+        (
+            {"experts": Experts(d_ff=5, n_experts=4, top_k=2, every=0)},
+            "every must be an integer of at least 1; got 0",
+        ),
+        (
+            {"experts": Experts(d_ff=5, n_experts=4, top_k=2, every=2)} | {"d_ff": None},
+            "some layer has a plain feed-forward; got d_ff None and 1 such layers",
         ),
         (
             {"experts": Experts(d_ff=5, n_experts=4, top_k=5, n_dense_layers=1)},

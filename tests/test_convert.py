@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from tfm_ref import MODELS, build, config_from_hf, from_hf, load_safetensors, to_hf
-from tfm_ref.families import FAMILIES
+from tfm_ref.families import FAMILIES, HFConfig
 
 LLAMA = {
     "model_type": "llama",
@@ -296,7 +296,7 @@ def test_what_a_family_excludes(model_type):
         other = "another value"
         changed = settings | ({group: settings[group] | {name: other}} if group else {key: other})
         if callable(wanted):
-            wanted = wanted(changed)
+            wanted = wanted(HFConfig(changed))
         with pytest.raises(ValueError, match=re.escape(f"{key} must be {wanted!r}; got 'another")):
             config_from_hf(changed)
 
@@ -365,7 +365,14 @@ def usual(model_type):
 
 @pytest.mark.parametrize(
     ("model_type", "theta"),
-    [("llama", 1e4), ("falcon", 1e4), ("mixtral", 1e6), ("gemma3_text", 1e6), ("gpt_oss", 1.5e5)],
+    [
+        ("llama", 1e4),
+        ("falcon", 1e4),
+        ("mixtral", 1e6),
+        ("gemma3_text", 1e6),
+        ("llama4_text", 5e5),
+        ("gpt_oss", 1.5e5),
+    ],
 )
 def test_a_base_that_is_not_written_is_that_of_the_family(model_type, theta):
     settings = usual(model_type)
@@ -401,6 +408,50 @@ def test_how_deepseek_chooses_experts():
     assert config_from_hf(settings | {"topk_method": "greedy"}).experts.n_groups == 1
     with pytest.raises(ValueError, match="topk_method must be one of greedy, group_limited_greedy"):
         config_from_hf(settings | {"topk_method": "noaux_tc"})
+
+
+def test_the_layers_of_llama_4():
+    """Files list them or say every how many-th; a list that is empty says nothing."""
+    settings = usual("llama4_text")
+    config = config_from_hf(settings)
+    assert (config.window, config.global_every, config.n_layers) == (5, 4, 4)
+    del settings["layer_types"], settings["moe_layers"]
+    for listed in [1, 1, 1, 0], [], None:
+        assert config_from_hf(settings | {"no_rope_layers": listed}) == config
+    half = settings | {"no_rope_layers": None, "no_rope_layer_interval": 2}
+    assert config_from_hf(half).global_every == 2
+    with pytest.raises(ValueError, match=r"layer_types must be \['chunked_attention', 'full_at"):
+        config_from_hf(half | {"layer_types": ["chunked_attention"] * 4})
+    with pytest.raises(ValueError, match=r"moe_layers must be \[0, 1, 2, 3\]; got \[1\]"):
+        config_from_hf(settings | {"moe_layers": [1]})
+    with pytest.raises(ValueError, match="global_positions = False needs global_every to be given"):
+        config_from_hf(settings | {"attention_chunk_size": None})
+    yarn = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 2.0}
+    with pytest.raises(ValueError, match=r'rope_type must be one of [a-z0-9, ]*; got "yarn"'):
+        config_from_hf(settings | {"rope_parameters": yarn})
+
+
+def test_the_layers_of_switch():
+    """Every second is a mixture, beginning with the second; in both stacks."""
+    settings = usual("switch_transformers")
+    config = config_from_hf(settings)
+    assert (config.n_encoder_layers, config.n_layers) == (4, 2)
+    assert [layer for layer in range(4) if config.encoder.has_experts(layer)] == [1, 3]
+    assert [layer for layer in range(2) if config.has_experts(layer)] == [1]
+    every = {"num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 2}
+    assert config_from_hf(settings | every).d_ff is None
+    alike = {"num_decoder_layers": None, "num_sparse_decoder_layers": 2}
+    assert config_from_hf(settings | alike).n_layers == 4
+    for other, steps in (
+        ({"num_sparse_decoder_layers": 2}, "[2, 1]"),
+        (
+            {"num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0},
+            "[0, 0]",
+        ),
+    ):
+        message = f"every n-th layer must be a mixture, in both stacks; got n = {steps}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            config_from_hf(settings | other)
 
 
 TWO_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -442,6 +493,7 @@ KINDS = {
     "Llama-1": "llama",
     "Llama-2": "llama",
     "Llama-3": "llama",
+    "Llama-4": "llama4_text",
     "Mistral": "mistral",
     "Qwen2.5": "qwen2",
     "Qwen3-8B": "qwen3",
@@ -454,7 +506,7 @@ KINDS = {
     "DeepSeek-V2": "deepseek_v2",
     "DeepSeek-V3": "deepseek_v3",
 }
-UNSPELLED = {"Transformer-base", "Transformer-big", "GPT-3 175B", "PaLM-540B", "Llama-4-Scout"}
+UNSPELLED = {"Transformer-base", "Transformer-big", "GPT-3 175B", "PaLM-540B"}
 
 
 def test_every_model_of_the_zoo_is_written():

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracles import draw, redraw, values_and_gradients
+from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -26,6 +27,8 @@ from tfm_ref import (
     expert_shares,
     fit,
     label_smoothed_cross_entropy,
+    latest_checkpoint,
+    load_checkpoint,
     whole_state_dict,
 )
 from tfm_ref.expert_parallel import Exchange
@@ -153,11 +156,16 @@ def message(run, *args, **terms):
     return "nothing was raised", 0
 
 
-def train(rank, world):
-    """Do what fit does, with experts in shares."""
-    net = model()
+def shared_out(net):
+    """Let each process keep its share of the experts."""
     for block in net.stack.blocks:
         block.feed_forward = ExpertParallel(block.feed_forward)
+    return net
+
+
+def train(rank, world):
+    """Do what fit does, with experts in shares."""
+    net = shared_out(model())
     optimizer, own = adam(net), {*expert_shares(net).values()}
     for batch in BATCHES:
         optimizer.zero_grad()
@@ -180,9 +188,7 @@ def checkpoints(rank, net):
     """Give the whole state, after it has been through a share that was built from nothing."""
     whole = whole_state_dict(net)
     with torch.device("meta"):
-        other = DecoderLM(CONFIG).double()
-        for block in other.stack.blocks:
-            block.feed_forward = ExpertParallel(block.feed_forward)
+        other = shared_out(DecoderLM(CONFIG).double())
     other.to_empty(device="cpu").load_state_dict(whole)
     same = [torch.equal(*pair) for pair in zip(net.parameters(), other.parameters(), strict=True)]
     own = net.state_dict()
@@ -193,7 +199,50 @@ def checkpoints(rank, net):
     return {"whole": whole, "same": same, "names": [*expert_shares(net)]}
 
 
-def everything(rank, world):
+OPTIONS = {"n_steps": len(BATCHES), "max_norm": MAX_NORM, "device": "cpu", "every": 3}
+
+
+def fitted(folder, net=None, batches=BATCHES, loss=loss, **options):
+    """Train by fit; give losses and weights, as one process would have them."""
+    if net is None:
+        net = shared_out(model()) if dist.is_initialized() else model()
+    terms = {**OPTIONS, "folder": folder, "optimizer": adam(net), **options}
+    losses = fit(net, lambda epoch: batches, loss, **terms)
+    return losses, whole_state_dict(net)
+
+
+def by_fit(folder, rank, pair):
+    """Run through, be stopped and go on; with weights and rows that differ, or that lack."""
+    drawn = model()
+    if rank:  # what is in all processes is taken from the first
+        for p in {*drawn.parameters()} - {*stacks(drawn)}:
+            p.data.zero_()
+    result = {"whole": fitted(folder / "whole", net=shared_out(drawn))}
+    result["refused"] = message(fitted, None, loss=lambda *args: (loss(*args)[0], 0))[0]
+    fitted(folder / "stopped", n_steps=2)
+    other = shared_out(model())
+    for p in other.parameters():
+        p.data.zero_()
+    result["resumed"] = fitted(folder / "stopped", net=other)
+    result["no rows"] = fitted(None, batches=[batch[:1] for batch in BATCHES])
+    loaded = shared_out(model().requires_grad_(False))
+    load_checkpoint(latest_checkpoint(folder / "alone"), loaded)
+    result["loaded"] = whole_state_dict(loaded)
+    pairs = model()
+    pairs.stack.blocks[0].feed_forward = ExpertParallel(
+        pairs.stack.blocks[0].feed_forward, group=pair
+    )
+    result["in pairs"] = message(fitted, None, net=pairs)[0]
+    return result
+
+
+def stacks(net):
+    """Give the parameters that belong to single experts."""
+    layers = [block.feed_forward for block in net.stack.blocks]
+    return [p for layer in layers for p in layer.parameters(recurse=False)]
+
+
+def everything(rank, world, folder):
     short = dist.new_group([world - 2, world - 1], timeout=timedelta(seconds=1))
     pairs = [dist.new_group(range(i, i + 2)) for i in range(0, world, 2)]
     result = {name: run_case(name, rank) for name in CASES}
@@ -204,6 +253,7 @@ def everything(rank, world):
     if rank:
         result["not in the group"] = message(ExpertParallel, build("plain"), group=others)[0]
     result["checkpoint"] = checkpoints(rank, train(rank, world))
+    result["fit"] = by_fit(folder, rank, pairs[rank // 2])
     half = MoELayer(**SIZES, bias=True).bfloat16()
     x = tokens(rank).bfloat16()
     result["half"] = half.state_dict(), x, ExpertParallel(redraw(half))(x)
@@ -225,8 +275,8 @@ def everything(rank, world):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=20))
-    rank = dist.get_rank()
-    torch.save(everything(rank, dist.get_world_size()), Path(sys.argv[1]) / f"{rank}.pt")
+    rank, folder = dist.get_rank(), Path(sys.argv[1])
+    torch.save(everything(rank, dist.get_world_size(), folder), folder / f"{rank}.pt")
     os._exit(0)  # the last is the first to go, and leaves the others to their exchange
 
 
@@ -236,13 +286,17 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module", params=[2, 4])
 def processes(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
+    fitted(folder / "alone")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={request.param}", __file__, folder]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     shown = {"capture_output": True, "text": True}
     result = subprocess.run(command, env=environment, timeout=120, **shown)
     assert result.returncode == 0, result.stderr
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    results = [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    for result in results:
+        result["folder"] = folder
+    return results
 
 
 def compare(results, layer, xs):
@@ -311,6 +365,53 @@ def test_training_with_the_rest_all_reduced_is_training_in_one_process(processes
         assert state.keys() == net.state_dict().keys()
         for name, t in net.state_dict().items():
             assert_close(state[name], t, rtol=0, atol=1e-10)
+
+
+def test_fit_is_training_in_one_process(processes):
+    """Clipped, stopped and resumed, with rows for the first process alone; and its checkpoints."""
+    near = {"rtol": 0, "atol": 1e-10}
+    folder = processes[0]["folder"]
+    losses, state = fitted(None)
+    row = fitted(None, batches=[batch[:1] for batch in BATCHES])
+    for result in processes:
+        for name, expected in {
+            "whole": (losses, state),
+            "resumed": (losses, state),
+            "no rows": row,
+        }.items():
+            assert_close(result["fit"][name][0], expected[0], **near)
+            assert_close(result["fit"][name][1], dict(expected[1]), **near)
+        assert result["fit"]["resumed"][0] == result["fit"]["whole"][0]
+        again = zip(
+            *(result["fit"][name][1].values() for name in ("whole", "resumed")), strict=True
+        )
+        assert all(torch.equal(*pair) for pair in again)  # bit for bit
+        assert_close(result["fit"]["loaded"], dict(state), **near)
+    for name in "model", "optimizer":
+        alone, shared = (
+            load_file(latest_checkpoint(folder / run) / f"{name}.safetensors")
+            for run in ("alone", "stopped")
+        )
+        assert_close(shared, alone, **near)
+    assert sorted(path.name for path in (folder / "stopped").iterdir()) == [
+        f"step-{step:08}" for step in (2, 3, 4)
+    ]
+
+
+def test_a_run_of_shares_goes_on_in_one_process(processes):
+    """As far as the weights: what is left to do would be another run."""
+    net = model()
+    load_checkpoint(latest_checkpoint(processes[0]["folder"] / "whole"), net)
+    assert_close(dict(net.state_dict()), processes[0]["fit"]["whole"][1], rtol=0, atol=0)
+
+
+def test_fit_refuses_in_all_processes(processes):
+    for result in processes:
+        assert result["fit"]["refused"] == (
+            "ValueError: a batch must have at least one token that counts; got 0"
+        )
+        expected = "ValueError: experts must lie in all processes (4); got a layer in 2"
+        assert len(processes) == 2 or result["fit"]["in pairs"] == expected
 
 
 def test_checkpoints_are_those_of_one_process(processes):

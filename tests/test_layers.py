@@ -50,6 +50,19 @@ def test_eps_is_inside_the_root():
     assert RMSNorm(4).eps == 1e-6
 
 
+def test_rms_norm_without_a_gain():
+    """Nothing to learn, nothing to store; and it may stand before or after a rotation."""
+    norm, x = RMSNorm(D, eps=0.1, gain=False), draw(B, H, N, D)
+    assert not norm.state_dict()
+    assert torch.equal(norm(x), RMSNorm(D, eps=0.1)(x))
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+    assert "RMSNorm(8, eps=0.1, gain=False)" in repr(norm)
+    turn = RotaryPositions(head_dim=D).rotation(torch.arange(N)[None])
+    assert_close(turn(norm(x)), norm(turn(x)))
+    with_gain = redraw(RMSNorm(D, eps=0.1))
+    assert not torch.allclose(turn(with_gain(x)), with_gain(turn(x)), atol=0.1)
+
+
 @pytest.mark.parametrize("shape", [(D,), (N, D), (B, N, D), (B, H, N, D)])
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_rms_norm_equals_torch_and_llama(shape, eps, device):
@@ -432,6 +445,21 @@ def test_rotation_reaches_the_attention_and_no_other(norm_placement):
     outputs = [block(x, context, rotation=rotation) for rotation in (None, near, far)]
     assert seen == [None, near, far]  # and the other, given one, would fail: M > N keys
     assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(outputs))
+
+
+def test_query_scale_reaches_the_attention_and_no_other():
+    block, x, context = redraw(build(cross=True)), draw(B, N, D, seed=9), draw(B, M, D, seed=8)
+    seen = {}
+    for name in "attention", "cross_attention":
+        getattr(block, name).register_forward_hook(
+            lambda module, args, kwargs, y, name=name: seen.update({name: kwargs}),
+            with_kwargs=True,
+        )
+    scale = draw(1, N)
+    y = block(x, context, query_scale=scale)
+    assert seen["attention"]["query_scale"] is scale
+    assert "query_scale" not in seen["cross_attention"]
+    assert not torch.allclose(y, block(x, context), atol=1e-3)
 
 
 @pytest.mark.parametrize("norm_placement", ["pre", "post"])

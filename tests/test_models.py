@@ -14,6 +14,7 @@ from tfm_ref import (
     Encoder,
     EncoderDecoder,
     MultiHeadAttention,
+    QueryScaling,
     TransformerConfig,
     attention_maps,
     build,
@@ -157,6 +158,53 @@ def test_layers_without_a_window_may_know_no_positions():
     ):
         last = model(ids(N))[:, -1]
         assert torch.allclose(last, model(ids(N)[:, order])[:, -1]) == same
+
+
+def test_layers_without_a_window_may_scale_late_queries():
+    """From position 3 on, in layers 2 and 4 of 4; where nothing has a window, in all."""
+    config = replace(DECODER, n_layers=4, window=2, global_every=2)
+    strong = QueryScaling(length=4, strength=9.0)
+    plain, scaled = made(config), made(replace(config, query_scaling=strong))
+    one, other = (model.hidden_states(ids(N)) for model in (plain, scaled))
+    assert_close(one[:2], other[:2])
+    assert_close(one[2][:, :3], other[2][:, :3])
+    assert ((one[2] - other[2])[:, 3:].abs().amax(-1) > 1e-3).all()
+    maps = attention_maps(scaled, ids(N))
+    q = scaled.stack.blocks[1].attention
+    x = scaled.stack.blocks[1].attention_norm(other[1])
+    rotation = scaled.stack.positions.rotation(torch.arange(N)[None])
+    terms = {"is_causal": True, "rotation": rotation}
+    factors = strong(torch.arange(N)[None])
+    expected = q.attention_weights(x, query_scale=factors, **terms)
+    assert_close(maps["stack.blocks.1.attention"], expected)
+    every = made(replace(DECODER, query_scaling=strong)).hidden_states(ids(N))
+    assert not torch.allclose(every[1], made(DECODER).hidden_states(ids(N))[1], atol=1e-3)
+
+
+def test_queries_are_scaled_by_their_positions():
+    """Not by their numbers in the table; and not by their places after padding."""
+    config = replace(DECODER, query_scaling=QueryScaling(length=3, strength=5.0))
+    model, late = made(config), torch.arange(N)[None] + 1
+    assert not torch.allclose(model(ids(N)), model(ids(N), positions=late), atol=1e-3)
+    learned = replace(config, positions="learned", max_seq_len=20)
+    table, shifted = made(learned), made(replace(learned, first_position=2))
+    state = table.state_dict()
+    padding = torch.zeros(2, 12, dtype=torch.double)
+    state["stack.positions.table"] = torch.cat([padding, state["stack.positions.table"]])
+    shifted.load_state_dict(state)
+    assert_close(shifted(ids(N)), table(ids(N)))
+
+
+def test_layers_without_a_window_may_keep_queries_and_keys_as_they_are():
+    config = replace(DECODER, window=2, global_every=3, qk_norm="rms_norm_no_gain", norm_eps=0.1)
+    every, local = made(config), made(replace(config, global_qk_norm=False))
+    norms = [[block.attention.q_norm for block in model.stack.blocks] for model in (every, local)]
+    assert [norm is not None for norm in norms[0]] == [True, True, True]
+    assert [norm is not None for norm in norms[1]] == [True, True, False]
+    assert {norm.eps for norm in norms[0]} == {0.1}
+    assert every.state_dict().keys() == local.state_dict().keys()
+    gains = made(replace(config, qk_norm="rms_norm"))
+    assert gains.stack.blocks[0].attention.k_norm.weight.shape == (4,)
 
 
 def test_layers_with_a_window_may_have_another_base():

@@ -462,6 +462,18 @@ def test_first_choices_come_before_second_ones():
     assert torch.equal(routing.weights, free.weights)
 
 
+def test_a_capacity_is_that_of_a_sequence_of_any_length():
+    """What a factor gives for one length, a capacity gives for all."""
+    sizes = {"d_model": D, "n_experts": 4, "top_k": 1, "normalise": False}
+    by_number, by_factor = Router(**sizes, capacity=3), Router(**sizes, capacity_factor=1.0)
+    by_number.load_state_dict(by_factor.state_dict())
+    x = draw(B, 12, D)
+    assert torch.equal(by_number(x).kept, by_factor(x).kept)
+    assert not by_number(x).kept.all()
+    assert torch.equal(by_number(x).kept[:, :5], by_number(x[:, :5]).kept)
+    assert by_number(x[:, :3]).kept.all()
+
+
 @given(st.data())
 def test_capacity_by_its_definition(data):
     """Rank by rank, token by token, each sequence for itself."""
@@ -912,6 +924,11 @@ REFUSED = [
     ({"noise": -0.1}, "noise must lie in 0 <= noise < 1; got -0.1"),
     ({"capacity_factor": 0.0}, "capacity_factor must be finite and above 0; got 0.0"),
     ({"capacity_factor": math.inf}, "capacity_factor must be finite and above 0; got inf"),
+    ({"capacity": 0}, "capacity must be an integer of at least 1; got 0"),
+    (
+        {"capacity": 2, "capacity_factor": 1.0},
+        "of capacity and capacity_factor, one must not be given; got 2 and 1.0",
+    ),
     ({"score": "tanh"}, 'score must be one of softmax, sigmoid; got "tanh"'),
     (
         {"top_k": 1},

@@ -1,6 +1,7 @@
 """Multi-head attention against PyTorch's module, its own other forms, and what it refuses."""
 
 import copy
+import math
 import re
 import subprocess
 import sys
@@ -254,6 +255,57 @@ def test_cache_width_counts_keys_and_values(settings):
     attention = MultiHeadAttention(d_model=8, n_heads=4, **settings)
     made = attention.k_proj(draw(1, 8)), attention.v_proj(draw(1, 8))
     assert attention.cache_width == sum(t.numel() for t in made)
+
+
+@pytest.mark.parametrize("batch", [1, B])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_query_scale_multiplies_the_scores(backend, batch, device):
+    """All scores of a query, that is, and neither its bias nor the keys."""
+    model = redraw(MultiHeadAttention(d_model=D, n_heads=H, backend=backend)).to(device).double()
+    x, bias, scale = draw(B, N, D).double(), draw(1, H, N, N).double(), draw(batch, N).double()
+    x, bias, scale = x.to(device), bias.to(device), scale.to(device)
+    q, k, v = (
+        rearrange(proj(x), "b n (h k) -> b h n k", h=H)
+        for proj in (model.q_proj, model.k_proj, model.v_proj)
+    )
+    scores = torch.einsum("bhnk,bhmk->bhnm", q, k) / math.sqrt(D // H)
+    weights = (scores * scale[:, None, :, None] + bias).softmax(-1)
+    terms = {"bias": bias, "query_scale": scale}
+    assert_close(model.attention_weights(x, **terms), weights)
+    assert_close(model(x, **terms), model.o_proj(rearrange(weights @ v, "b h n v -> b n (h v)")))
+
+
+def test_a_query_scale_leaves_the_dtype():
+    """The factors are in float32; queries that they have multiplied are what they were."""
+    model, x = MultiHeadAttention(d_model=D, n_heads=H).bfloat16(), draw(B, N, D).bfloat16()
+    assert model(x, query_scale=torch.full((1, N), 2.0)).dtype == torch.bfloat16
+    wider = MultiHeadAttention(d_model=D, n_heads=H, scale=2 / math.sqrt(D // H)).bfloat16()
+    wider.load_state_dict(model.state_dict())
+    assert torch.equal(model(x, query_scale=torch.full((1, N), 2.0)), wider(x))
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("method", ["forward", "attention_weights"])
+@pytest.mark.parametrize(
+    "scale",
+    [
+        torch.ones(N),
+        torch.ones(1, 1),
+        torch.ones(1, N + 1),
+        torch.ones(B + 1, N),
+        torch.ones(1, N, 1),
+        torch.ones(1, N, dtype=torch.long),
+        torch.ones(1, N, device="meta"),
+    ],
+)
+def test_a_query_scale_that_does_not_fit(scale, method):
+    message = (
+        f"query_scale must be floating point of shape (batch or 1, len_q) = ({B} or 1, {N}), on "
+        f"cpu; got {scale.dtype} of shape {tuple(scale.shape)} on {scale.device}"
+    )
+    model = MultiHeadAttention(d_model=D, n_heads=H)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(model, method)(draw(B, N, D), query_scale=scale)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -15,6 +15,7 @@ from tfm_ref import (
     LearnedPositions,
     MultiHeadAttention,
     PositionScheme,
+    QueryScaling,
     RotaryPositions,
     SinusoidalPositions,
     T5Bias,
@@ -304,6 +305,29 @@ def test_learned_positions_refuse_tokens_that_do_not_fit():
     for name in "max_seq_len", "d_model":
         with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1; got 0"):
             LearnedPositions(**{"max_seq_len": 4, "d_model": D, name: 0})
+
+
+# --- query scaling
+
+
+def test_query_scaling_by_hand():
+    """1 up to the position before the last of a step, then 1 + s ln 2, 1 + s ln 3."""
+    factors = QueryScaling(length=3, strength=10.0)(row(0, 1, 2, 4, 5, 8))
+    two, three = 1 + 10 * math.log(2), 1 + 10 * math.log(3)
+    assert_close(factors, torch.tensor([[1, 1, two, two, three, 1 + 10 * math.log(4)]]))
+    assert factors.dtype == torch.float32
+    assert QueryScaling() == QueryScaling(length=8192, strength=0.1)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_query_scaling_refusals():
+    with pytest.raises(ValueError, match="length must be an integer of at least 1; got 0"):
+        QueryScaling(length=0)
+    for strength in math.inf, math.nan:
+        with pytest.raises(ValueError, match=f"strength must be finite; got {strength}"):
+            QueryScaling(strength=strength)
+    with pytest.raises(ValueError, match=r"positions must be integers of shape \(batch or 1, len"):
+        QueryScaling()(torch.arange(3))
 
 
 # --- ALiBi

@@ -14,6 +14,13 @@ from tfm_ref.balance import (
     z_loss,
 )
 from tfm_ref.cache import KVCache, StackCache
+from tfm_ref.checkpoints import (
+    average_checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from tfm_ref.claims import attempt, check, refute
 from tfm_ref.config import Experts, Latent, TransformerConfig
 from tfm_ref.convert import config_from_hf, from_hf, load_safetensors, to_hf
@@ -69,6 +76,7 @@ from tfm_ref.positions import (
     ALiBi,
     LearnedPositions,
     PositionScheme,
+    QueryScaling,
     SinusoidalPositions,
     T5Bias,
     alibi_slopes,
@@ -86,15 +94,10 @@ from tfm_ref.tokenizer import BPETokenizer, bpe_merges, train_bpe
 from tfm_ref.training import (
     Batch,
     TokenBatches,
-    average_checkpoints,
     fit,
     label_smoothed_cross_entropy,
-    latest_checkpoint,
-    load_checkpoint,
-    load_weights,
     noam_lr,
     padding_share,
-    save_checkpoint,
     set_seed,
 )
 from tfm_ref.zoo import MODELS, count_parameters, full_size, kv_cache_bytes
@@ -128,6 +131,7 @@ __all__ = [
     "Pair",
     "PartialSoftmax",
     "PositionScheme",
+    "QueryScaling",
     "RMSNorm",
     "RotaryPositions",
     "Router",

@@ -14,6 +14,7 @@ from tfm_ref.positions import (
     ALiBi,
     LearnedPositions,
     PositionScheme,
+    QueryScaling,
     SinusoidalPositions,
     T5Bias,
 )
@@ -24,6 +25,7 @@ NORMS = {
     "layer_norm": nn.LayerNorm,
     "layer_norm_no_bias": partial(nn.LayerNorm, bias=False),
     "rms_norm": RMSNorm,
+    "rms_norm_no_gain": partial(RMSNorm, gain=False),
 }
 """The norms, by name; each is made from a width and eps."""
 
@@ -55,7 +57,8 @@ RULES = [
     (("rope_theta", "rope_dim", "rope_interleaved", "rope_scaling"), "positions", "rope"),
     (("t5_buckets", "t5_max_distance"), "positions", "t5"),
     (("local_rope_theta",), "positions", "rope"),
-    (("local_rope_theta", "global_positions"), "global_every", ...),
+    (("local_rope_theta", "global_positions", "global_qk_norm"), "global_every", ...),
+    (("global_qk_norm",), "qk_norm", ...),
     (("chunked", "global_every"), "window", ...),
     (("window", "n_encoder_layers"), "is_causal", True),
     (("pooler",), "is_causal", False),
@@ -82,7 +85,8 @@ class Latent:
 class Experts:
     """Say that feed-forwards are mixtures: :class:`~tfm_ref.moe.MoELayer` has the arguments.
 
-    ``n_dense_layers`` is its own: the number of first layers that keep a plain feed-forward.
+    Two are its own: the first ``n_dense_layers`` layers keep a plain feed-forward; of the others,
+    every ``every``-th has a mixture, the first of them among these.
     """
 
     d_ff: int
@@ -90,6 +94,7 @@ class Experts:
     top_k: int
     n_shared: int = 0
     n_dense_layers: int = 0
+    every: int = 1
     score: str = "softmax"
     normalise: bool = True
     router_bias: bool = False
@@ -101,6 +106,7 @@ class Experts:
     scale_input: bool = False
     noise: float = 0.0
     capacity_factor: float | None = None
+    capacity: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +144,7 @@ class TransformerConfig:
         rope_scaling: how to stretch beyond the training length.
         t5_buckets: number of buckets, with "t5".
         t5_max_distance: the distance from which on all share one bucket.
-        norm: "layer_norm", "layer_norm_no_bias" or "rms_norm".
+        norm: "layer_norm", "layer_norm_no_bias", "rms_norm" or "rms_norm_no_gain".
         norm_eps: what is added to the variance or the mean square before its root.
         norm_placement: "pre", "post" or "both", as in :class:`~tfm_ref.layers.Block`.
         parallel: let attention and feed-forward read the same tokens.
@@ -146,14 +152,17 @@ class TransformerConfig:
         head_dim: width of a query and a key; d_model / n_heads if not given. With latent
             attention, of their part without positions.
         attention_bias: biases of the attention: True, False or letters of "qkvo".
-        qk_norm: normalise queries and keys, by ``norm`` over head_dim.
+        qk_norm: normalises queries and keys over head_dim, by a norm of that name; they are not
+            normalised if not given.
         attention_scale: factor of the dot products; 1/√head_dim if not given.
+        query_scaling: multiplies late queries, in layers without a window.
         attention_softcap: bends the scaled scores.
         sinks: learn a score per head that takes its share of each softmax.
         window: number of keys in sight of a query; all if not given.
         chunked: cut the sequence into windows that do not overlap, instead of sliding one.
         global_every: every how many-th layer has no window; none if not given.
         global_positions: let those layers know the positions.
+        global_qk_norm: let those layers, too, have qk_norm.
         local_rope_theta: base in the layers with a window, there without rope_scaling;
             rope_theta, with it, if not given.
         latent: makes the attention latent (MLA).
@@ -222,14 +231,16 @@ class TransformerConfig:
     n_kv_heads: int | None = None
     head_dim: int | None = None
     attention_bias: bool | str = False
-    qk_norm: bool = False
+    qk_norm: str | None = None
     attention_scale: float | None = None
+    query_scaling: QueryScaling | None = None
     attention_softcap: float | None = None
     sinks: bool = False
     window: int | None = None
     chunked: bool = False
     global_every: int | None = None
     global_positions: bool = True
+    global_qk_norm: bool = True
     local_rope_theta: float | None = None
     latent: Latent | None = None
     # the feed-forward
@@ -262,6 +273,8 @@ class TransformerConfig:
             "activation": ACTIVATIONS,
         }.items():
             check_choice(name, getattr(self, name), known)
+        if self.qk_norm is not None:
+            check_choice("qk_norm", self.qk_norm, NORMS)
         for name in "vocab_size", "n_layers":
             check_size(name, getattr(self, name))
         for name in "n_encoder_layers", "n_segments", "first_position":
@@ -273,8 +286,11 @@ class TransformerConfig:
             raise ValueError("positions = 'learned' needs max_seq_len to be given; got None")
         if self.logit_softcap is not None:
             check_softcap(self.logit_softcap)
-        n_dense = self.n_layers if self.experts is None else self.experts.n_dense_layers
-        check_size("n_dense_layers", n_dense, least=0, most=self.n_layers)
+        if self.experts is not None:
+            n_dense = self.experts.n_dense_layers
+            check_size("n_dense_layers", n_dense, least=0, most=self.n_layers)
+            check_size("every", self.experts.every)
+        n_dense = sum(not self.has_experts(layer) for layer in range(self.n_layers))
         if (self.d_ff is None) != (n_dense == 0):
             raise ValueError(
                 "d_ff must be given if and only if some layer has a plain feed-forward; "
@@ -319,6 +335,13 @@ class TransformerConfig:
             return False
         return self.global_every is None or (layer + 1) % self.global_every != 0
 
+    def has_experts(self, layer: int) -> bool:
+        """Say whether the feed-forward of a layer is a mixture."""
+        if self.experts is None:
+            return False
+        after = layer - self.experts.n_dense_layers
+        return after >= 0 and after % self.experts.every == 0
+
     def new_positions(self, *, is_local: bool = False) -> PositionScheme:
         """Make the scheme of positions; of layers with a window, it may have its own base."""
         if is_local and self.local_rope_theta is not None:
@@ -330,8 +353,8 @@ class TransformerConfig:
         """Make a norm."""
         return NORMS[self.norm](width, eps=self.norm_eps)
 
-    def new_attention(self) -> nn.Module:
-        """Make an attention."""
+    def new_attention(self, layer: int = 0) -> nn.Module:
+        """Make the attention of a layer."""
         shared = {
             "d_model": self.d_model,
             "n_heads": self.n_heads,
@@ -342,10 +365,11 @@ class TransformerConfig:
         }
         if self.latent is not None:
             return LatentAttention(**shared, **vars(self.latent))
+        has_norm = self.qk_norm is not None and (self.global_qk_norm or self.is_local(layer))
         return MultiHeadAttention(
             **shared,
             n_kv_heads=self.n_kv_heads,
-            qk_norm=self.new_norm if self.qk_norm else None,
+            qk_norm=partial(NORMS[self.qk_norm], eps=self.norm_eps) if has_norm else None,
             softcap=self.attention_softcap,
             sinks=self.sinks,
         )
@@ -358,18 +382,18 @@ class TransformerConfig:
             "gated": self.gated,
             "bias": self.feed_forward_bias,
         }
-        if self.experts is None or layer < self.experts.n_dense_layers:
+        if not self.has_experts(layer):
             return FeedForward(**shared, d_ff=self.d_ff, dropout=0.0)
         settings = dict(vars(self.experts))
-        del settings["n_dense_layers"]
+        del settings["n_dense_layers"], settings["every"]
         return MoELayer(**shared, **settings)
 
     def new_block(self, layer: int) -> Block:
         """Make a block."""
         return Block(
-            attention=self.new_attention(),
+            attention=self.new_attention(layer),
             feed_forward=self.new_feed_forward(layer),
-            cross_attention=self.new_attention() if self.n_encoder_layers else None,
+            cross_attention=self.new_attention(layer) if self.n_encoder_layers else None,
             norm=self.new_norm,
             norm_placement=self.norm_placement,
             parallel=self.parallel,

@@ -65,6 +65,9 @@ FORMS = {
     "groups": Form(_split_groups, _merge_groups),
     "row": Form(lambda t, shapes, c: [t[0]], lambda ts, c: ts[0][None]),
     "gain - 1": Form(lambda t, shapes, c: [t + 1], lambda ts, c: ts[0] - 1),
+    "turned halves": Form(
+        lambda t, shapes, c: list(t.mT.chunk(2, 1)), lambda ts, c: torch.cat(ts, 1).mT
+    ),
     "halves": Form(lambda t, shapes, c: list(t.chunk(2, 1)), lambda ts, c: torch.cat(ts, 1)),
     "woven": Form(
         lambda t, shapes, c: [
@@ -77,7 +80,8 @@ FORMS = {
 
 turned: a matrix that multiplies from the right; rows, columns: several beside one another;
 groups: by group of query heads that share a key head; row: with one more axis; gain - 1: a gain
-that is stored less 1; halves: of all experts, gate and up; woven: the same, number by number.
+that is stored less 1; halves: of all experts, gate and up; turned halves: the same, each matrix
+turned; woven: the same, number by number.
 """
 
 
@@ -125,7 +129,7 @@ def _lines(family: Family, model: Model) -> Iterator[Line]:
             r"(\| )?(\S+) +(\S+) *(?:\[(.*)\])?", line
         ).groups()
         head, dot, joined = ours.rpartition(".")
-        in_full = theirs.endswith((".weight", ".bias"))
+        in_full = theirs.endswith((".weight", ".bias")) or ".experts." in theirs
         for layer in range(max(c.n_layers, c.n_encoder_layers) if "*" in ours else 1):
             for kind in ("",) if in_full else ("", ".weight", ".bias"):
                 full = [
@@ -230,11 +234,11 @@ def _stack_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     stacked, single = {}, {}
     for name, t in tensors.items():
-        number = re.search(r"\bexperts\.(\d+)\.", name)
+        number = re.search(r"\bexperts\.(?:expert_)?(\d+)\.", name)
         if number is None:
             stacked[name] = t
         else:
-            common = name.replace(number[0], "experts.#.")
+            common = name.replace(number[0], number[0].replace(number[1], "#"))
             single.setdefault(common, {})[int(number[1])] = name
     for common, names in single.items():
         parts = [tensors[names[i]] for i in sorted(names)]

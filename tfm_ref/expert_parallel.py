@@ -1,11 +1,12 @@
 """Expert parallelism: each process holds some experts of a mixture, and tokens travel to them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tfm_ref.moe import MoELayer, run_expert
 from tfm_ref.validation import check_size
@@ -85,7 +86,8 @@ class ExpertParallel(nn.Module):
     at least: the exchanges wait for all. ``loss.backward()``, called in all processes, gives
     gradients of the sum of their losses: whole in the experts, which have seen the tokens of all;
     elsewhere, as ever, each process has its own part, and an all-reduce must sum these parts.
-    :func:`expert_shares` names the parameters to leave out of that.
+    :func:`expert_shares` names the parameters to leave out of that;
+    :func:`~tfm_ref.training.fit` does.
 
     Args:
         layer: the whole layer, the same in all processes. It is not changed; router and shared
@@ -186,12 +188,24 @@ class ExpertParallel(nn.Module):
 
     stacks, each = MoELayer.stacks, MoELayer.each
 
+    def own(self, t: Tensor) -> Tensor:
+        """Take what belongs to the share of this process from what belongs to all experts.
+
+        What does not count the experts, such as a share itself or the number of a step, stays.
+        """
+        return t[self.experts] if t.ndim and len(t) == self.router.n_experts else t
+
+    def whole(self, share: Tensor) -> Tensor:
+        """Join what belongs to the shares of all processes, which must all call it."""
+        shares = [torch.empty_like(share) for _ in range(self.world)]
+        dist.all_gather(shares, share.detach().contiguous(), group=self.group)
+        return torch.cat(shares)
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         """Take the share of this process from the stacks of a whole layer."""
         for name in STACKS:
-            whole = state_dict.get(prefix + name)
-            if whole is not None and len(whole) == self.router.n_experts:
-                state_dict[prefix + name] = whole[self.experts]
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = self.own(state_dict[prefix + name])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -202,11 +216,11 @@ class ExpertParallel(nn.Module):
         )
 
 
-def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, dist.ProcessGroup | None]]:
+def _shares(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, ExpertParallel]]:
     for prefix, layer in model.named_modules():
         if isinstance(layer, ExpertParallel):
             for name, share in layer.named_parameters(prefix, recurse=False):
-                yield name, share, layer.group
+                yield name, share, layer
 
 
 def expert_shares(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -218,7 +232,7 @@ def expert_shares(model: nn.Module) -> dict[str, nn.Parameter]:
     Args:
         model: a model with :class:`ExpertParallel` in it, or one itself.
     """
-    return {name: share for name, share, _ in _stacks(model)}
+    return {name: share for name, share, _ in _shares(model)}
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -230,12 +244,56 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Args:
         model: a model with :class:`ExpertParallel` in it, or one itself.
     """
-    state = dict(model.state_dict())
-    for name, share, group in _stacks(model):
-        shares = [torch.empty_like(share) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(shares, share.detach(), group=group)
-        state[name] = torch.cat(shares)
-    return state
+    whole = {name: layer.whole(share) for name, share, layer in _shares(model)}
+    return {**model.state_dict(), **whole}
+
+
+def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take from whole tensors what this process holds: :func:`whole_state_dict` turned round.
+
+    Args:
+        model: a model with :class:`ExpertParallel` in it, or one itself.
+        tensors: its parameters and buffers by name, as one process would have them.
+    """
+    layers = {name: layer for name, _, layer in _shares(model)}
+    return {n: layers[n].own(t) if n in layers else t for n, t in tensors.items()}
+
+
+def _holders(model: nn.Module, optimizer: Optimizer) -> dict[int, ExpertParallel]:
+    """Say of which parameters of an optimizer, by number, there is but a share, and where."""
+    layers = {share: layer for _, share, layer in _shares(model)}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {i: layers[p] for i, p in enumerate(parameters) if p in layers}
+
+
+def whole_moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Give the state that the optimizer would have in one process.
+
+    All processes must call it, and all get it.
+
+    Args:
+        model: a model with :class:`ExpertParallel` in it, or any other.
+        optimizer: its optimizer, whose moments are tensors, each shaped like its parameter or a
+            single number.
+
+    Returns:
+        The moments, by the number of the parameter and the name: ``"0.exp_avg"``.
+    """
+    layers = _holders(model, optimizer)
+    return {
+        f"{i}.{name}": layers[i].whole(t) if i in layers and t.ndim else t
+        for i, state in sorted(optimizer.state_dict()["state"].items())
+        for name, t in state.items()
+    }
+
+
+def own_moments(
+    model: nn.Module, optimizer: Optimizer, moments: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Take from whole moments those of this process: :func:`whole_moments` turned round."""
+    layers = _holders(model, optimizer)
+    holder = {name: layers.get(int(name.partition(".")[0])) for name in moments}
+    return {n: t if holder[n] is None else holder[n].own(t) for n, t in moments.items()}
 
 
 def bytes_sent(

@@ -2,8 +2,8 @@
 
 What the models of a family do is in :mod:`tfm_ref.zoo`. A table of names has one line for each
 tensor: our module, theirs, and in brackets the form in which theirs holds ours; a name of theirs
-that ends in .weight or .bias is a tensor's, as is ours beside it. ``*`` is the
-number of a layer, ``#`` that of an expert; ``+`` joins our modules that one tensor of theirs
+that ends in .weight or .bias, or is one of experts, is a tensor's, as is ours beside it. ``*`` is
+the number of a layer, ``#`` that of an expert; ``+`` joins our modules that one tensor of theirs
 holds; ``|`` is another spelling, read and never written. What stands in two lines is stored
 twice, and must agree.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tfm_ref import zoo
 from tfm_ref.config import Experts, Latent
+from tfm_ref.positions import QueryScaling
 from tfm_ref.rotary import LinearScaling, Llama3Scaling, RopeScaling, YaRNScaling
 from tfm_ref.validation import check_choice
 
@@ -67,8 +68,8 @@ encoder.blocks.*.attention.k_proj       encoder.block.*.layer.0.SelfAttention.k
 encoder.blocks.*.attention.v_proj       encoder.block.*.layer.0.SelfAttention.v
 encoder.blocks.*.attention.o_proj       encoder.block.*.layer.0.SelfAttention.o
 encoder.blocks.*.feed_forward_norm      encoder.block.*.layer.1.layer_norm
-encoder.blocks.*.feed_forward.up_proj   encoder.block.*.layer.1.DenseReluDense.wi
-encoder.blocks.*.feed_forward.down_proj encoder.block.*.layer.1.DenseReluDense.wo
+encoder.blocks.*.feed_forward.up_proj.weight   encoder.block.*.layer.1.DenseReluDense.wi.weight
+encoder.blocks.*.feed_forward.down_proj.weight encoder.block.*.layer.1.DenseReluDense.wo.weight
 encoder.norm                            encoder.final_layer_norm
 embedding.tokens                        encoder.embed_tokens
 """  # noqa: E501
@@ -89,11 +90,21 @@ head.proj        lm_head
     + T5_CROSS
 )
 T5_GATED = (
-    T5.replace("DenseReluDense.wi\n", "DenseReluDense.wi_1\n")
+    T5.replace("DenseReluDense.wi.", "DenseReluDense.wi_1.")
     + """
 encoder.blocks.*.feed_forward.gate_proj encoder.block.*.layer.1.DenseReluDense.wi_0
 decoder.blocks.*.feed_forward.gate_proj decoder.block.*.layer.2.DenseReluDense.wi_0
 """
+)
+SWITCH_STACK = """
+encoder.blocks.*.feed_forward.router.proj encoder.block.*.layer.1.mlp.router.classifier
+encoder.blocks.*.feed_forward.up_proj     encoder.block.*.layer.1.mlp.experts.expert_#.wi.weight
+encoder.blocks.*.feed_forward.down_proj   encoder.block.*.layer.1.mlp.experts.expert_#.wo.weight
+"""
+SWITCH = (
+    T5.replace("DenseReluDense", "mlp")
+    + SWITCH_STACK
+    + SWITCH_STACK.replace("encoder.", "decoder.").replace("layer.1.", "layer.2.")
 )
 BART_STACK = """
 encoder.positions.table                 model.encoder.embed_positions.weight
@@ -206,6 +217,17 @@ stack.blocks.*.feed_forward.up_proj             model.layers.*.block_sparse_moe.
 | stack.blocks.*.feed_forward.gate_proj+up_proj model.layers.*.mlp.experts.gate_up_proj [halves]
 | stack.blocks.*.feed_forward.down_proj         model.layers.*.mlp.experts.down_proj
 """
+)
+LLAMA4 = (
+    LLAMA.replace(".mlp.", ".feed_forward.")
+    + """
+stack.blocks.*.feed_forward.router.proj       model.layers.*.feed_forward.router
+stack.blocks.*.feed_forward.gate_proj+up_proj model.layers.*.feed_forward.experts.gate_up_proj [turned halves]
+stack.blocks.*.feed_forward.down_proj         model.layers.*.feed_forward.experts.down_proj    [turned]
+stack.blocks.*.feed_forward.shared.gate_proj  model.layers.*.feed_forward.shared_expert.gate_proj
+stack.blocks.*.feed_forward.shared.up_proj    model.layers.*.feed_forward.shared_expert.up_proj
+stack.blocks.*.feed_forward.shared.down_proj  model.layers.*.feed_forward.shared_expert.down_proj
+"""  # noqa: E501
 )
 GPT_OSS = (
     LLAMA
@@ -368,6 +390,44 @@ def global_every(usual: int | None) -> Reader:
     return read
 
 
+def llama4_kinds(hf: HFConfig) -> list[str]:
+    """Say which layers of Llama 4 have chunks and positions: those listed, or three in four."""
+    every = hf.get("no_rope_layer_interval", 4)
+    usual = [(layer + 1) % every for layer in range(hf["num_hidden_layers"])]
+    listed = hf.get("no_rope_layers") or usual
+    return ["chunked_attention" if turned else "full_attention" for turned in listed]
+
+
+def chunks(read: Reader) -> Reader:
+    """Read the chunks of Llama 4 by a function that reads windows."""
+
+    def read_chunks(hf: HFConfig) -> object:
+        kinds = [kind.replace("chunked", "sliding") for kind in llama4_kinds(hf)]
+        return read(
+            HFConfig(hf | {"layer_types": kinds, "sliding_window": hf["attention_chunk_size"]})
+        )
+
+    return read_chunks
+
+
+def rope_scaling_before_norm(hf: HFConfig) -> RopeScaling | None:
+    """Read how RoPE is stretched, where a norm follows it, which a temperature would not pass."""
+    check_choice("rope_type", rope(hf).get("rope_type", "default"), SCALINGS.keys() - {"yarn"})
+    return rope_scaling(hf)
+
+
+def query_scaling(hf: HFConfig) -> QueryScaling | None:
+    """Read by what late queries are multiplied."""
+    if not hf["attn_temperature_tuning"]:
+        return None
+    return QueryScaling(length=hf["floor_scale"], strength=hf["attn_scale"])
+
+
+def t5_decoder_layers(hf: HFConfig) -> int:
+    """Read the number of layers that write: as many as read, if it is not said."""
+    return hf.get("num_decoder_layers") or hf["num_layers"]
+
+
 def t5_activation(hf: HFConfig) -> str:
     """Read the activation of T5; what it calls gated-gelu is the approximation by tanh."""
     kind = hf["feed_forward_proj"].removeprefix("gated-")
@@ -378,6 +438,20 @@ def t5_activation(hf: HFConfig) -> str:
 def experts(**fields: object) -> Reader:
     """Read a mixture of experts; its fields are read as those of a config are."""
     return lambda hf: Experts(**read_fields(hf, fields))
+
+
+def switch_step(hf: HFConfig) -> int:
+    """Read every how many-th layer of Switch is a mixture, which must be so in both stacks."""
+    steps = [
+        layers // hf[mixtures] if hf[mixtures] else 0
+        for layers, mixtures in (
+            (hf["num_layers"], "num_sparse_encoder_layers"),
+            (t5_decoder_layers(hf), "num_sparse_decoder_layers"),
+        )
+    ]
+    if not steps[0] == steps[1] >= 1:
+        raise ValueError(f"every n-th layer must be a mixture, in both stacks; got n = {steps}")
+    return steps[0]
 
 
 def latent_scale(hf: HFConfig) -> float:
@@ -495,6 +569,19 @@ LLAMA_FIELDS = SIZES | {
     "activation": activation("hidden_act"),
     "tied_embeddings": ("tie_word_embeddings", False),
 }
+T5_FIELDS = TIED | {
+    "vocab_size": "vocab_size",
+    "d_model": "d_model",
+    "n_encoder_layers": "num_layers",
+    "n_layers": t5_decoder_layers,
+    "n_heads": "num_heads",
+    "head_dim": "d_kv",
+    "d_ff": "d_ff",
+    "t5_buckets": "relative_attention_num_buckets",
+    "t5_max_distance": ("relative_attention_max_distance", 128),
+    "norm_eps": "layer_norm_epsilon",
+}
+T5_ONLY = {"is_encoder_decoder": True, "is_decoder": False}
 LLAMA_ONLY = {"mlp_bias": False}
 WINDOW = {"window": window, "global_every": global_every(None)}
 QWEN_WINDOW = {"window": qwen_window, "global_every": global_every(None)}
@@ -513,6 +600,28 @@ GEMMA_FIELDS = (
     }
 )
 MOE = {"d_ff": lambda hf: None}
+SWITCH_EXPERTS = {
+    "d_ff": "d_ff",
+    "n_experts": "num_experts",
+    "top_k": lambda hf: 1,
+    "n_dense_layers": lambda hf: min(switch_step(hf) - 1, 1),
+    "every": switch_step,
+    "normalise": lambda hf: False,
+    "router_bias": ("router_bias", False),
+    "noise": ("router_jitter_noise", 0.01),
+    "capacity": "expert_capacity",
+}
+LLAMA4_EXPERTS = {
+    "d_ff": "intermediate_size",
+    "n_experts": "num_local_experts",
+    "top_k": "num_experts_per_tok",
+    "n_shared": lambda hf: 1,
+    "n_dense_layers": lambda hf: hf["interleave_moe_layer_step"] - 1,
+    "every": "interleave_moe_layer_step",
+    "score": lambda hf: "sigmoid",
+    "normalise": lambda hf: False,
+    "scale_input": lambda hf: True,
+}
 DEEPSEEK_FIELDS = {
     "d_ff": "moe_intermediate_size",
     "n_experts": "n_routed_experts",
@@ -602,29 +711,34 @@ FAMILIES = {
     ),
     "t5": Family(
         zoo.T5,
-        TIED
+        T5_FIELDS
         | {
-            "vocab_size": "vocab_size",
-            "d_model": "d_model",
-            "n_encoder_layers": "num_layers",
-            "n_layers": lambda hf: hf.get("num_decoder_layers") or hf["num_layers"],
-            "n_heads": "num_heads",
-            "head_dim": "d_kv",
-            "d_ff": "d_ff",
-            "t5_buckets": "relative_attention_num_buckets",
-            "t5_max_distance": ("relative_attention_max_distance", 128),
-            "norm_eps": "layer_norm_epsilon",
             "activation": t5_activation,
             "gated": lambda hf: hf["feed_forward_proj"].startswith("gated-"),
             "scale_logits": lambda hf: hf.get(
                 "scale_decoder_outputs", hf.get("tie_word_embeddings", True)
             ),
         },
-        {"is_encoder_decoder": True, "is_decoder": False},
+        T5_ONLY,
         T5,
         "",
         r"decoder\..*EncDecAttention\.relative_attention_bias\.weight",
         gated_names=T5_GATED,
+        told_by_tensors=t5_untied,
+    ),
+    "switch_transformers": Family(
+        zoo.T5,
+        T5_FIELDS
+        | {
+            "d_ff": lambda hf: hf["d_ff"] if switch_step(hf) > 1 else None,
+            "activation": activation("dense_act_fn", "relu"),
+            "scale_logits": ("tie_word_embeddings", True),
+            "experts": experts(**SWITCH_EXPERTS),
+        },
+        T5_ONLY | {"router_dtype": "float32"},
+        SWITCH,
+        "",
+        r"decoder\..*EncDecAttention\.relative_attention_bias\.weight",
         told_by_tensors=t5_untied,
     ),
     "bart": Family(
@@ -769,6 +883,32 @@ FAMILIES = {
         },
         QWEN_ONLY | {"decoder_sparse_step": 1, "mlp_only_layers": []},
         LLAMA + EXPERTS,
+    ),
+    "llama4_text": Family(
+        zoo.LLAMA4,
+        LLAMA_FIELDS
+        | {
+            "d_ff": lambda hf: (
+                hf["intermediate_size_mlp"] if hf["interleave_moe_layer_step"] > 1 else None
+            ),
+            "rope_theta": rope_theta(500_000.0),
+            "rope_scaling": rope_scaling_before_norm,
+            "window": chunks(window),
+            "global_every": chunks(global_every(None)),
+            "qk_norm": lambda hf: "rms_norm_no_gain" if hf["use_qk_norm"] else None,
+            "global_qk_norm": lambda hf: not hf["use_qk_norm"],
+            "query_scaling": query_scaling,
+            "experts": experts(**LLAMA4_EXPERTS),
+        },
+        {
+            "layer_types": llama4_kinds,
+            "moe_layers": lambda hf: [
+                layer
+                for layer in range(hf["num_hidden_layers"])
+                if (layer + 1) % hf["interleave_moe_layer_step"] == 0
+            ],
+        },
+        LLAMA4,
     ),
     "gpt_oss": Family(
         zoo.GPT_OSS,

@@ -73,6 +73,7 @@ class RMSNorm(nn.Module):
     Args:
         d_model: width of the tokens.
         eps: what keeps a token of zeros from being divided by 0.
+        gain: learn the gain; 1 for every number if not.
 
     Raises:
         ValueError: if d_model is not an integer of at least 1 or eps is negative.
@@ -88,13 +89,13 @@ class RMSNorm(nn.Module):
         tensor([0.2000, 1.4000], grad_fn=<MulBackward0>)
     """
 
-    def __init__(self, d_model: int, eps: float = 1e-6) -> None:
+    def __init__(self, d_model: int, eps: float = 1e-6, *, gain: bool = True) -> None:
         super().__init__()
         check_size("d_model", d_model)
         if not eps >= 0:
             raise ValueError(f"eps must be at least 0; got {eps}")
         self.d_model, self.eps = d_model, eps
-        self.weight = nn.Parameter(torch.ones(d_model))
+        self.weight = nn.Parameter(torch.ones(d_model)) if gain else None
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """Give every token the root mean square of the gain.
@@ -107,20 +108,22 @@ class RMSNorm(nn.Module):
 
         Raises:
             ValueError: if the last axis of x is not d_model wide, or x has not the device or
-                (autocast apart) the dtype of the layer.
+                (autocast apart) the dtype of the gain.
         """
         if x.shape[-1:] != (self.d_model,):
             raise ValueError(
                 f"the last axis of x must have size d_model = {self.d_model}; got {tuple(x.shape)}"
             )
-        check_same_kind("the layer", self.weight, "x", x)
+        if self.weight is not None:
+            check_same_kind("the layer", self.weight, "x", x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean_square = wide.square().mean(-1, keepdim=True)
-        return self.weight * (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+        y = (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+        return y if self.weight is None else self.weight * y
 
     def extra_repr(self) -> str:
         """Name the settings."""
-        return f"{self.d_model}, eps={self.eps}"
+        return f"{self.d_model}, eps={self.eps}" + (", gain=False" if self.weight is None else "")
 
 
 class FeedForward(nn.Module):
@@ -299,6 +302,7 @@ class Block(nn.Module):
         is_causal: bool = False,
         bias: Float[Tensor, "#b #h #n #t"] | None = None,
         rotation: Callable[[Tensor], Tensor] | None = None,
+        query_scale: Float[Tensor, "#b n"] | None = None,
         context_mask: Bool[Tensor, "#b #h #n #m"] | None = None,
         caches: tuple[KVCache, KVCache] | None = None,
     ) -> Float[Tensor, "b n d"]:
@@ -312,6 +316,7 @@ class Block(nn.Module):
             bias: finite numbers added to the scaled scores of the attention.
             rotation: turns the queries and keys of the attention by their positions, as
                 :meth:`tfm_ref.positions.PositionScheme.rotation` makes it.
+            query_scale: multiplies each query of the attention.
             context_mask: of the cross-attention; True = may attend.
             caches: what the attention and the cross-attention remember.
 
@@ -339,6 +344,7 @@ class Block(nn.Module):
             raise ValueError("a block without cross_attention takes no context or context_mask")
 
         terms = {"mask": mask, "is_causal": is_causal, "bias": bias, "rotation": rotation}
+        terms["query_scale"] = query_scale
         cross_terms = {"context": context, "mask": context_mask}
         if caches is not None:
             terms["cache"], cross_terms["cache"] = caches

@@ -185,7 +185,9 @@ class Stack(nn.Module):
                 scores = x.new_empty(()).expand(len(x), c.n_heads, *window.shape[2:])
                 check_mask(mask, scores)
             terms["mask"] = window if mask is None else mask & window
-        elif not c.global_positions:
+        elif c.query_scaling is not None:
+            terms["query_scale"] = c.query_scaling(positions - c.first_position)
+        if not (is_local or c.global_positions):
             return terms
         scheme = self.local_positions if is_local and self.local_positions else self.positions
         bias = scheme.bias(positions, all_positions)

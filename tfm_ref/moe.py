@@ -100,13 +100,15 @@ class Router(nn.Module):
         capacity_factor: lets an expert take at most :func:`expert_capacity` tokens of a sequence:
             those whose first choice it is in their order, then those whose second choice it is,
             and so on. The other choices are dropped. All are taken if not given.
+        capacity: the same for a number of tokens that does not depend on the sequence; instead of
+            capacity_factor.
 
     Raises:
         ValueError: if a size is not an integer of at least 1, top_k exceeds n_experts, n_groups
             does not divide n_experts, top_k_groups exceeds n_groups, top_k_in_group exceeds the
             experts of a group, the kept groups have fewer than top_k experts, the score is
-            unknown, a single weight is normalised, noise does not lie in 0 ≤ noise < 1, or
-            capacity_factor is not finite and above 0.
+            unknown, a single weight is normalised, noise does not lie in 0 ≤ noise < 1,
+            capacity_factor is not finite and above 0, or capacity, too, is given.
 
     Reference:
         Shazeer et al. 2017, "Outrageously Large Neural Networks: The Sparsely-Gated
@@ -149,6 +151,7 @@ class Router(nn.Module):
         scale: float = 1.0,
         noise: float = 0.0,
         capacity_factor: float | None = None,
+        capacity: int | None = None,
     ) -> None:
         super().__init__()
         check_size("d_model", d_model)
@@ -175,9 +178,16 @@ class Router(nn.Module):
             raise ValueError(f"noise must lie in 0 <= noise < 1; got {noise}")
         if capacity_factor is not None and not 0 < capacity_factor < math.inf:
             raise ValueError(f"capacity_factor must be finite and above 0; got {capacity_factor}")
+        if capacity is not None:
+            check_size("capacity", capacity)
+            if capacity_factor is not None:
+                raise ValueError(
+                    "of capacity and capacity_factor, one must not be given; "
+                    f"got {capacity} and {capacity_factor}"
+                )
         self.d_model, self.n_experts, self.top_k = d_model, n_experts, top_k
         self.score, self.normalise, self.scale = score, normalise, scale
-        self.noise, self.capacity_factor = noise, capacity_factor
+        self.noise, self.capacity_factor, self.capacity = noise, capacity_factor, capacity
         self.n_groups, self.top_k_groups = n_groups, top_k_groups
         self.top_k_in_group = top_k_in_group
         self.proj = nn.Linear(d_model, n_experts, bias=bias)
@@ -194,7 +204,7 @@ class Router(nn.Module):
         Returns:
             Indices and weights of shape (batch, length, top_k), scores and logits of shape
             (batch, length, n_experts), weights, scores and logits in float32 at least; and with
-            a capacity_factor, what is kept.
+            a capacity or its factor, what is kept.
 
         Raises:
             ValueError: if x has not the shape (batch, length, d_model), is empty, or has not the
@@ -215,7 +225,8 @@ class Router(nn.Module):
         if self.normalise:
             # Sigmoids can all be 0 in float32; a softmax does not see the 1e-20.
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        kept = None if self.capacity_factor is None else self._keep(indices)
+        unlimited = self.capacity_factor is None and self.capacity is None
+        kept = None if unlimited else self._keep(indices)
         return Routing(indices, self.scale * weights, scores, logits, kept)
 
     def _choose(self, scores: Float[Tensor, "b n e"]) -> Int[Tensor, "b n c"]:
@@ -233,7 +244,9 @@ class Router(nn.Module):
     def _keep(self, indices: Int[Tensor, "b n c"]) -> Bool[Tensor, "b n c"]:
         """Keep what an expert has room for: first choices in their order, then second ones."""
         sizes = {"n_experts": self.n_experts, "top_k": self.top_k}
-        room = expert_capacity(indices.shape[1], **sizes, capacity_factor=self.capacity_factor)
+        room = self.capacity or expert_capacity(
+            indices.shape[1], **sizes, capacity_factor=self.capacity_factor
+        )
         in_turn = indices.mT.flatten(1)
         before = F.one_hot(in_turn, self.n_experts).cumsum(1).gather(-1, in_turn[..., None])
         return (before <= room).view(indices.mT.shape).mT
@@ -252,7 +265,7 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         """Name what the shape of the projection does not show."""
         names = "top_k", "score", "normalise", "n_groups", "top_k_groups", "top_k_in_group", "scale"
-        names += "noise", "capacity_factor"
+        names += "noise", "capacity_factor", "capacity"
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 

@@ -18,6 +18,7 @@ from tfm_ref.validation import (
     check_dropout,
     check_mask,
     check_qkv,
+    check_query_scale,
     check_sinks,
     check_size,
     check_softcap,
@@ -149,6 +150,7 @@ class AttentionLayer(nn.Module):
         is_causal: bool = False,
         bias: Float[Tensor, "#b #h #n #m"] | None = None,
         rotation: Callable[[Tensor], Tensor] | None = None,
+        query_scale: Float[Tensor, "#b n"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Mix into each token of x what its heads find in the context.
@@ -163,6 +165,8 @@ class AttentionLayer(nn.Module):
             rotation: turns queries and keys by their positions, as
                 :meth:`tfm_ref.positions.PositionScheme.rotation` makes it for those of the
                 context; the tokens of x are the last of them.
+            query_scale: multiplies each query, and with it all its scores, before softcap and
+                bias; as :class:`tfm_ref.positions.QueryScaling` makes it.
             cache: remembers the tokens of x, so that later ones find them: keys are all that it
                 holds. In cross-attention it remembers the context of the first call, which is
                 that of all.
@@ -173,15 +177,15 @@ class AttentionLayer(nn.Module):
         Raises:
             ValueError: if x or context has not the shape (batch, length, d_model), is empty, or
                 has not the device or (autocast apart) the dtype of the layer, if their batches
-                differ, if mask, bias or rotation does not fit, or if the cache has no room, holds
-                another batch or another length of context, or meets gradients.
+                differ, if mask, bias, rotation or query_scale does not fit, or if the cache has
+                no room, holds another batch or another length of context, or meets gradients.
 
         Example:
             >>> x, context = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
             >>> MultiHeadAttention(d_model=8, n_heads=2)(x, context).shape
             torch.Size([2, 3, 8])
         """
-        q, k, v = self._project(x, context, rotation, cache)
+        q, k, v = self._project(x, context, rotation, query_scale, cache)
         terms = {"mask": mask, "is_causal": is_causal, "bias": bias, **self._form()}
         dropout = self.dropout if self.training else 0.0
         y = BACKENDS[self.backend](q, k, v, **terms, dropout=dropout)
@@ -196,6 +200,7 @@ class AttentionLayer(nn.Module):
         is_causal: bool = False,
         bias: Float[Tensor, "#b #h #n #m"] | None = None,
         rotation: Callable[[Tensor], Tensor] | None = None,
+        query_scale: Float[Tensor, "#b n"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "b h n m"]:
         """Show the weights that :meth:`forward` uses, before dropout; its arguments are the same.
@@ -210,7 +215,7 @@ class AttentionLayer(nn.Module):
             ValueError: as :meth:`forward`.
         """
         length = 0 if cache is None else cache.length
-        q, k, _ = self._project(x, context, rotation, cache)
+        q, k, _ = self._project(x, context, rotation, query_scale, cache)
         if cache is not None:
             cache.truncate(length)
         return attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias, **self._form())
@@ -224,10 +229,14 @@ class AttentionLayer(nn.Module):
         x: Float[Tensor, "b n d"],
         context: Float[Tensor, "b m d"] | None,
         rotation: Callable[[Tensor], Tensor] | None,
+        query_scale: Float[Tensor, "#b n"] | None,
         cache: KVCache | None,
     ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b g m k"], Float[Tensor, "b g m v"]]:
         """Make queries, keys and values, and give each head its own."""
         q = self._queries(x, rotation)
+        if query_scale is not None:
+            check_query_scale(query_scale, q)
+            q = (q * query_scale[:, None, :, None]).to(q.dtype)
         if cache is not None and context is not None and cache.length:
             kept = cache.tensors
             if (len(kept[0]), cache.length) != context.shape[:2]:
@@ -295,7 +304,8 @@ class MultiHeadAttention(AttentionLayer):
         Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints". Heads
         i·r to i·r + r - 1 share key head i, as in the public models. Henry et al. 2020,
         "Query-Key Normalization for Transformers"; norms with a gain, as in Qwen3, before the
-        rotation. Softcap and sinks: see :func:`tfm_ref.attention.attention_weights`.
+        rotation, or without one, as in Llama 4, whose norm stands after it: that is the same.
+        Softcap and sinks: see :func:`tfm_ref.attention.attention_weights`.
 
     Example:
         >>> attention = MultiHeadAttention(d_model=512, n_heads=8)

@@ -5,6 +5,7 @@ RoPE, which acts on queries and keys, has a module of its own: :mod:`tfm_ref.rot
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -84,6 +85,53 @@ class PositionScheme(nn.Module):
         """
         check_positions("q_positions", q_positions)
         check_positions("k_positions", k_positions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryScaling:
+    """Multiply late queries, which have many keys to choose from, by more than early ones.
+
+    A query at position p is multiplied by ``1 + strength ln(1 + floor((p + 1) / length))``: a
+    softmax over more keys is flatter, and larger scores sharpen it again.
+
+    Args:
+        length: positions on one step; on the first, which is one shorter, the factor is 1.
+        strength: how fast the factor grows from step to step.
+
+    Raises:
+        ValueError: if length is not an integer of at least 1, or strength is not finite.
+
+    Reference:
+        Nakanishi 2025, "Scalable-Softmax Is Superior for Attention", section 2, where scores
+        are multiplied by s ln(n) for n keys. In steps, and from 1 on: ``attn_temperature_tuning``
+        of Llama 4, in ``models/llama4/model.py`` of meta-llama/llama-models, whose numbers are
+        the defaults here.
+
+    Example:
+        >>> QueryScaling(length=2)(torch.arange(5)[None])
+        tensor([[1.0000, 1.0693, 1.0693, 1.1099, 1.1099]])
+    """
+
+    length: int = 8192
+    strength: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_size("length", self.length)
+        if not math.isfinite(self.strength):
+            raise ValueError(f"strength must be finite; got {self.strength}")
+
+    def __call__(self, positions: Integer[Tensor, "#b n"]) -> Float[Tensor, "#b n"]:
+        """Give the factors, in float32.
+
+        Args:
+            positions: position of each query.
+
+        Raises:
+            ValueError: if positions are not integers of shape (batch or 1, length).
+        """
+        check_positions("positions", positions)
+        steps = (positions + 1).div(self.length, rounding_mode="floor")
+        return 1 + self.strength * steps.to(torch.float32).log1p()
 
 
 def frequencies(

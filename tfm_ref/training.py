@@ -1,10 +1,8 @@
-"""Training: the loss, the learning rate, batches, checkpoints, and the loop that joins them."""
+"""Training: the loss, the learning rate, batches, and the loop that joins them."""
 
 import atexit
-import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -15,12 +13,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
+from tfm_ref.checkpoints import distinct, latest_checkpoint, load_checkpoint, save_checkpoint
+from tfm_ref.expert_parallel import ExpertParallel, expert_shares
 from tfm_ref.masks import padding_mask
 from tfm_ref.progress import progress
 from tfm_ref.validation import check_size
@@ -336,173 +335,6 @@ class TokenBatches:
             yield Batch.of(pairs, pad=self.pad, bos=self.bos, eos=self.eos)
 
 
-# --- checkpoints
-
-
-def _distinct(model: nn.Module) -> dict[str, Tensor]:
-    """Give what a model's state_dict holds, with one name for what is tied."""
-    names = {}
-    for name, t in model.state_dict(keep_vars=True).items():
-        names.setdefault(t, name)
-    return {name: t.detach() for t, name in names.items()}
-
-
-def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: f"{t.dtype} {tuple(t.shape)}" for name, t in tensors.items()}
-
-
-def _check_same(rule: str, here: Mapping[str, object], there: Mapping[str, object]) -> None:
-    """Refuse two tables that differ, and name what does."""
-    wrong = [
-        f"{name} is {here.get(name, 'absent')} here and {there.get(name, 'absent')} there"
-        for name in {**here, **there}
-        if here.get(name, "absent") != there.get(name, "absent")
-    ]
-    if wrong:
-        raise ValueError(f"{rule}: {'; '.join(wrong)}")
-
-
-def _settings(optimizer: Optimizer, settings: Mapping[str, object]) -> dict[str, object]:
-    """Add to settings those of the optimizer, as JSON gives them back."""
-    settings = {"optimizer": type(optimizer).__name__, **settings}
-    for i, group in enumerate(optimizer.param_groups):
-        group = group | {"params": len(group["params"])}
-        settings |= {f"{name} of group {i}": value for name, value in group.items()}
-    return json.loads(json.dumps(settings, default=repr))
-
-
-def save_checkpoint(
-    path: str | Path, model: nn.Module, optimizer: Optimizer, record: Mapping[str, object]
-) -> None:
-    """Write a folder with all that a run needs to go on, or leave none at all.
-
-    It holds ``model.safetensors`` (parameters and buffers; what is tied, once),
-    ``optimizer.safetensors`` (the moments) and ``record.json``. It is written under another name
-    and then renamed: whenever the process is killed, no folder of this name is half written.
-
-    Args:
-        path: the folder, which must not exist.
-        model: the model.
-        optimizer: its optimizer.
-        record: what else there is to say, for JSON. Its "settings", if any, are joined by those
-            of the optimizer.
-    """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    moments = {
-        f"{i}.{name}": t.contiguous()
-        for i, state in optimizer.state_dict()["state"].items()
-        for name, t in state.items()
-    }
-    save_file({n: t.contiguous() for n, t in _distinct(model).items()}, part / "model.safetensors")
-    save_file(moments, part / "optimizer.safetensors")
-    record = {**record, "settings": _settings(optimizer, record.get("settings", {}))}
-    (part / "record.json").write_text(json.dumps(record), encoding="utf-8")
-    part.rename(path)
-
-
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of a checkpoint, or of several on average, into a model.
-
-    Args:
-        model: the model; what is tied stays tied.
-        tensors: its parameters and buffers by name; of what is tied, only the first.
-
-    Raises:
-        ValueError: if names, shapes or dtypes differ: the message names them.
-    """
-    wanted = _distinct(model)
-    _check_same("weights must be of the same model", _kinds(wanted), _kinds(tensors))
-    for name, t in wanted.items():
-        t.copy_(tensors[name])
-
-
-def load_checkpoint(
-    path: str | Path,
-    model: nn.Module,
-    optimizer: Optimizer | None = None,
-    settings: Mapping[str, object] | None = None,
-) -> dict[str, object]:
-    """Read what :func:`save_checkpoint` wrote into a model, and into its optimizer.
-
-    Nothing is unpickled, so that no file can run code, and nothing is changed if it is refused.
-
-    Args:
-        path: the folder.
-        model: the model; it gets the weights.
-        optimizer: its optimizer, with the settings of then, its learning rates among them; it
-            gets the moments. If not given, only the weights are read.
-        settings: those of the record, which must be the same, if there is an optimizer.
-
-    Returns:
-        The record.
-
-    Raises:
-        ValueError: if tensors or settings are not those of the checkpoint: the message names them.
-    """
-    path = Path(path)
-    record = json.loads((path / "record.json").read_text(encoding="utf-8"))
-    tensors = load_file(path / "model.safetensors")
-    _check_same("weights must be of the same model", _kinds(_distinct(model)), _kinds(tensors))
-    if optimizer is not None:
-        here = _settings(optimizer, settings or {})
-        _check_same("a checkpoint must be of the same run", here, record["settings"])
-        state = {}
-        for name, t in load_file(path / "optimizer.safetensors").items():
-            i, moment = name.split(".", 1)
-            state.setdefault(int(i), {})[moment] = t
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    load_weights(model, tensors)
-    return record
-
-
-def latest_checkpoint(folder: str | Path) -> Path | None:
-    """Find the last checkpoint that :func:`fit` wrote into a folder, if there is one."""
-    return max(Path(folder).glob("step-????????"), default=None)
-
-
-def average_checkpoints(checkpoints: Sequence[Mapping[str, Tensor] | str | Path]) -> dict:
-    """Give the mean of the weights at several moments of a run.
-
-    Sums are kept in float64; each tensor gets back its dtype. What are no floating-point numbers,
-    such as counters, is taken from the last.
-
-    Args:
-        checkpoints: state dicts, safetensors files or folders of :func:`save_checkpoint`.
-
-    Returns:
-        The tensors by name, for :func:`load_weights`; of whole state dicts, for
-        ``load_state_dict``.
-
-    Raises:
-        ValueError: if there are none, or names, shapes or dtypes differ: the message names them.
-
-    Reference:
-        Vaswani et al. 2017, "Attention Is All You Need", section 6.1: the last 5 checkpoints of
-        the base model, written every 10 minutes.
-
-    Example:
-        >>> average_checkpoints([{"w": torch.tensor([1.0])}, {"w": torch.tensor([4.0])}])
-        {'w': tensor([2.5000])}
-    """
-    check_size("the number of checkpoints", len(checkpoints))
-    first, sums = None, {}
-    for checkpoint in checkpoints:
-        state = checkpoint
-        if not isinstance(checkpoint, Mapping):
-            path = Path(checkpoint)
-            state = load_file(path / "model.safetensors" if path.is_dir() else path)
-        first = first or _kinds(state)
-        _check_same("checkpoints must have the same tensors", first, _kinds(state))
-        for name, t in state.items():
-            if t.is_floating_point():
-                sums[name] = sums.get(name, 0) + t.detach().double()
-    mean = {name: total / len(checkpoints) for name, total in sums.items()}
-    return {name: mean.get(name, t).to(t.dtype, copy=True) for name, t in state.items()}
-
-
 # --- the loop
 
 
@@ -531,6 +363,11 @@ def fit(
     instead, and wants a share for everyone; in return it sends gradients while others are still
     computed. If a process dies, the others end with an error, after ``timeout`` at the latest.
     Process 0 alone writes and shows a bar.
+
+    Experts that lie in several processes (:class:`~tfm_ref.expert_parallel.ExpertParallel`) stay
+    there: each process keeps those that its model begins with; all else is that of process 0. A
+    process without rows of its own computes on one of another, whose loss it counts for nothing:
+    its experts are needed. Checkpoints hold the experts of all.
 
     With a folder, a run that was stopped at any moment goes on from its last checkpoint as if
     nothing had happened: bit for bit on the CPU, where the data are the same. The random numbers
@@ -567,8 +404,8 @@ def fit(
     Raises:
         ValueError: if n_steps or every is not an integer of at least 1, max_norm is not above 0,
             an epoch has no batch, a batch has no token that counts, the loss is no finite number
-            or depends on no parameter of the optimizer, or the last checkpoint is of another
-            model or run, or of a later step.
+            or depends on no parameter of the optimizer, experts lie in some of the processes
+            only, or the last checkpoint is of another model or run, or of a later step.
 
     Example:
         >>> model = nn.Linear(1, 1)
@@ -600,14 +437,22 @@ def fit(
     settings |= {f"config.{name}": repr(value) for name, value in config.items()}
     record = {"step": 0, "epoch": 0, "batch": 0, "losses": [], "settings": settings}
     model.to(device).train()
+    shares = expert_shares(model)
+    own = {*shares.values()}
+    for layer in model.modules():
+        if isinstance(layer, ExpertParallel) and layer.world != world:
+            raise ValueError(
+                f"experts must lie in all processes ({world}); got a layer in {layer.world}"
+            )
     if folder is not None and (path := latest_checkpoint(folder)):
         last = int(path.name.removeprefix("step-"))
         check_size("n_steps", n_steps, least=last)
         set_lr(last)
         record = load_checkpoint(path, model, optimizer, settings)
     if world > 1:
-        for t in _distinct(model).values():
-            dist.broadcast(t, 0)
+        for name, t in distinct(model).items():
+            if name not in shares:
+                dist.broadcast(t, 0)
     stream = _stream(batches, record["epoch"], record["batch"])
     steps = range(record["step"] + 1, n_steps + 1)
     for step in progress(steps) if rank == 0 else steps:
@@ -616,20 +461,24 @@ def fit(
         set_lr(step)
         optimizer.zero_grad()
         total, n_tokens = 0.0, 0
-        if len(share := batch[rank::world]):
+        share = batch[rank::world]
+        if len(share) or shares:  # who has experts must be there for the tokens of others
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                total, n_tokens = loss(model, share.to(device))
+                total, n_tokens = loss(model, (share if len(share) else batch[:1]).to(device))
+            if not len(share):
+                total, n_tokens = 0 * total, 0
             total.backward()
             total = total.item()
-        mean = _mean_gradients(parameters, total, n_tokens, device, world)
+        mean = _mean_gradients(parameters, own, total, n_tokens, device, world)
         if not math.isfinite(mean):
             raise ValueError(f"the loss must be a finite number; got {mean} at step {step}")
         if max_norm is not None:
-            clip_grad_norm_(parameters, max_norm)
+            clip_grads_with_norm_(parameters, max_norm, _norm_of_gradients(parameters, own))
         optimizer.step()
         record["step"] = step
         record["losses"].append(mean)
-        if rank == 0 and folder is not None and (step % every == 0 or step == n_steps):
+        writes = folder is not None and (step % every == 0 or step == n_steps)
+        if writes and (rank == 0 or shares):  # what lies elsewhere must be sent here
             save_checkpoint(Path(folder) / f"step-{step:08}", model, optimizer, record)
     if world > 1:
         dist.barrier()  # what process 0 has written is there for all
@@ -669,9 +518,17 @@ def _stream(
 
 
 def _mean_gradients(
-    parameters: list[Tensor], total: float, n_tokens: int, device: torch.device, world: int
+    parameters: list[Tensor],
+    own: set[Tensor],
+    total: float,
+    n_tokens: int,
+    device: torch.device,
+    world: int,
 ) -> float:
-    """Turn gradients of a sum in each process into those of the mean over all; give the mean."""
+    """Turn gradients of a sum in each process into those of the mean over all; give the mean.
+
+    Those of a process's own parameters are already of the sum in all.
+    """
     numbers = [total, n_tokens, *(p.grad is not None for p in parameters)]
     if world > 1:
         numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -685,7 +542,18 @@ def _mean_gradients(
     for p in (p for p, some in zip(parameters, used, strict=True) if some):
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-        if world > 1:
+        if world > 1 and p not in own:
             dist.all_reduce(p.grad)
         p.grad /= n_tokens
     return total / n_tokens
+
+
+def _norm_of_gradients(parameters: list[Tensor], own: set[Tensor]) -> Tensor:
+    """Give the norm of all gradients together, those of other processes' own among them."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters if p not in own])
+    if not own:
+        return norm
+    squares = get_total_norm([p.grad for p in parameters if p in own]).square()
+    dist.all_reduce(squares)
+    return (norm.square() + squares).sqrt()

@@ -290,6 +290,33 @@ def check_sinks(sinks: Tensor, scores: Tensor) -> None:
     check_same_kind("the scores", scores, "sinks", sinks)
 
 
+def check_query_scale(query_scale: Tensor, q: Tensor) -> None:
+    """Refuse what is not one factor for each query.
+
+    Args:
+        query_scale: the factors to check.
+        q: queries (batch, n_heads, len_q, head_dim).
+
+    Raises:
+        ValueError: if the factors are not floating point of shape (batch or 1, len_q), or lie on
+            another device than the queries.
+
+    Example:
+        >>> check_query_scale(torch.ones(4), torch.zeros(2, 8, 4, 16))
+        Traceback (most recent call last):
+        ValueError: query_scale must be floating point of shape (batch or 1, len_q) = (2 or 1, 4), \
+on cpu; got torch.float32 of shape (4,) on cpu
+    """
+    b, _, n, _ = q.shape
+    fits = query_scale.shape in ((1, n), (b, n)) and query_scale.device == q.device
+    if not (fits and query_scale.is_floating_point()):
+        raise ValueError(
+            f"query_scale must be floating point of shape (batch or 1, len_q) = ({b} or 1, {n}), "
+            f"on {q.device}; got {query_scale.dtype} of shape {tuple(query_scale.shape)} "
+            f"on {query_scale.device}"
+        )
+
+
 def check_token_ids(name: str, tokens: Tensor, vocab_size: int) -> None:
     """Refuse what are not numbers of tokens.
 

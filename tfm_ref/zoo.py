@@ -9,6 +9,7 @@ import torch
 from tfm_ref.config import Experts, Latent, TransformerConfig
 from tfm_ref.models import DecoderLM, Encoder, EncoderDecoder, build
 from tfm_ref.moe import MoELayer
+from tfm_ref.positions import QueryScaling
 from tfm_ref.rotary import LinearScaling, Llama3Scaling, YaRNScaling
 from tfm_ref.validation import check_choice, check_size
 
@@ -103,7 +104,7 @@ PALM = LLAMA | {
     "scale_logits": True,
 }
 QWEN2 = LLAMA | {"norm_eps": 1e-6, "attention_bias": "qkv"}
-QWEN3 = LLAMA | {"norm_eps": 1e-6, "qk_norm": True}
+QWEN3 = LLAMA | {"norm_eps": 1e-6, "qk_norm": "rms_norm"}
 GEMMA = LLAMA | {
     "scale_embeddings": True,
     "tied_embeddings": True,
@@ -118,10 +119,15 @@ GEMMA2 = GEMMA | {
     "global_every": 2,
 }
 GEMMA3 = GEMMA | {
-    "qk_norm": True,
+    "qk_norm": "rms_norm",
     "rope_theta": 1e6,
     "local_rope_theta": 10_000.0,
     "global_every": 6,
+}
+LLAMA4 = LLAMA | {
+    "rope_interleaved": True,
+    "chunked": True,
+    "global_positions": False,
 }
 GPT_OSS = LLAMA | {
     "attention_bias": True,
@@ -424,16 +430,16 @@ MODELS = {  # sizes: layers, d_model, heads, d_ff, vocabulary, longest sequence
         "109B",
         "meta-pytorch/torchtune torchtune/models/llama4/_model_builders.py @bd2a0fc; "
         "meta-llama/llama-models models/llama4/MODEL_CARD.md @a9c89c4",
-        LLAMA,
+        LLAMA4,
         (48, 5120, 40, None, 202048, 10485760),
         rope_theta=500_000.0,
-        rope_interleaved=True,
         rope_scaling=Llama3Scaling(factor=16.0, high_freq_factor=1.0),
         n_kv_heads=8,
+        qk_norm="rms_norm_no_gain",
+        query_scaling=QueryScaling(),
         window=8192,
-        chunked=True,
         global_every=4,
-        global_positions=False,
+        global_qk_norm=False,
         experts=Experts(
             d_ff=8192,
             n_experts=16,
@@ -444,9 +450,8 @@ MODELS = {  # sizes: layers, d_model, heads, d_ff, vocabulary, longest sequence
             scale_input=True,
         ),
         active="17B",
-        note="Without its vision encoder. Built to be counted: that its layers with RoPE "
-        "normalise queries and keys, and the others scale late queries, takes no "
-        "parameter and is left out.",
+        note="Without its vision encoder. query_scaling is for inference, and in the makers' code "
+        "off unless one asks for it.",
     ),
     "gpt-oss-120b": _model(
         "117B",

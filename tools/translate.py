@@ -33,13 +33,14 @@ from tfm_ref import (
     train_bpe,
 )
 from tfm_ref.bench import matmul_peak, new_record, save_record, synchronize
-from tfm_ref.training import load_weights, set_seed
+from tfm_ref.checkpoints import load_weights
+from tfm_ref.training import set_seed
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 MODULES = [
     f"tfm_ref.{name}"
     for name in (
-        "attention cache config generation layers masks models multi_head positions "
+        "attention cache checkpoints config generation layers masks models multi_head positions "
         "tokenizer training"
     ).split()
 ]

@@ -187,7 +187,8 @@ def plain_linear(projection: nn.Linear, x: Tensor, rows: slice) -> Tensor:
 
 def plain_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """RMSNorm literally."""
-    return norm.weight * x / ((x * x).mean(-1, keepdim=True) + 1e-6).sqrt()
+    gain = 1 if norm.weight is None else norm.weight
+    return gain * x / ((x * x).mean(-1, keepdim=True) + norm.eps).sqrt()
 
 
 class Positioned(nn.Module):

@@ -47,7 +47,23 @@ T5 = {
     "pad_token_id": 0,
     "decoder_start_token_id": 0,
 }
+SWITCH = T5 | {
+    "num_layers": 4,
+    "num_sparse_encoder_layers": 2,
+    "num_sparse_decoder_layers": 1,
+    "num_experts": 6,
+    "expert_capacity": 64,
+}
 EXPERTS = {"num_experts_per_tok": 2}
+LLAMA4 = LLAMA | {
+    "intermediate_size_mlp": 40,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "num_local_experts": 6,
+    "attention_chunk_size": 5,
+    "floor_scale": 4,
+    "attn_scale": 0.7,
+}
 MLA = {
     "kv_lora_rank": 12,
     "qk_nope_head_dim": 10,
@@ -91,7 +107,8 @@ class Case:
         """Say what the model is: "encoder", "decoder" or "both"."""
         if self.config in ("BertConfig", "RobertaConfig"):
             return "encoder"
-        return "both" if self.config in ("T5Config", "BartConfig", "MarianConfig") else "decoder"
+        two = "T5Config", "SwitchTransformersConfig", "BartConfig", "MarianConfig"
+        return "both" if self.config in two else "decoder"
 
     def fixed(self, model) -> list[str]:
         """Name the parameters that nobody learns: Marian's sinusoids."""
@@ -101,7 +118,7 @@ class Case:
     @property
     def spread(self) -> float:
         """Say by what weights are made smaller: scores that nothing scales make noise loud."""
-        return 0.5 if self.config == "T5Config" else 1.0
+        return 0.5 if self.config in ("T5Config", "SwitchTransformersConfig") else 1.0
 
     @property
     def copies(self) -> dict[str, str]:
@@ -118,6 +135,11 @@ class Case:
     def buffers(self) -> list[str]:
         """Name what is a parameter in ours, and a buffer in theirs."""
         return ["head.proj.bias"] if self.config in ("BartConfig", "MarianConfig") else []
+
+    @property
+    def counts_padding(self) -> bool:
+        """Say whether places are counted from the left end of a batch, padding or not."""
+        return self.config == "Llama4TextConfig"
 
     @property
     def relative(self) -> bool:
@@ -177,6 +199,14 @@ CASES = [
         "T5 1.1",
         "T5Config",
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        exact=False,
+    ),
+    Case("Switch", "SwitchTransformersConfig", SWITCH | {"router_bias": True}, exact=False),
+    Case(
+        "Switch, tokens dropped",
+        "SwitchTransformersConfig",
+        SWITCH
+        | {"expert_capacity": 3, "num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 2},
         exact=False,
     ),
     Case("BART", "BartConfig", STACKS),
@@ -333,6 +363,17 @@ CASES = [
             "num_local_experts": 6,
             "sliding_window": 5,
         }
+        | EXPERTS,
+        exact=False,
+    ),
+    Case("Llama 4", "Llama4TextConfig", LLAMA4 | rope("llama3", **LLAMA3), exact=False),
+    Case(
+        "Llama 4, every second a mixture, top 2, no QK-norm",
+        "Llama4TextConfig",
+        LLAMA4
+        | rope()
+        | {"interleave_moe_layer_step": 2, "use_qk_norm": False, "attention_bias": True}
+        | {"attn_temperature_tuning": False, "no_rope_layers": [1, 0, 1, 0]}
         | EXPERTS,
         exact=False,
     ),

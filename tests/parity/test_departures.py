@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from tfm_ref import MODELS, build, config_from_hf, to_hf
 from tfm_ref.convert import from_hf
+from tfm_ref.masks import padding_mask
 from tfm_ref.positions import ALiBi, sinusoidal_encoding
 
 NEAR = {"atol": 3e-5, "rtol": 3e-5}
@@ -55,6 +56,24 @@ def test_falcon_divides_alibi_by_the_root_of_head_dim():
 
     paper.stack.positions = Divided(n_heads=4)
     assert_close(paper(ids(21)), expected, **NEAR)
+
+
+@torch.no_grad()
+def test_llama_4_counts_padding_as_tokens():
+    """By their places in the batch it scales queries; ours stand where they would alone."""
+    case = replace(CASE["Llama 4"], settings=CASE["Llama 4"].settings | {"floor_scale": 3})
+    ours, theirs = pair(case)
+    tokens, mask = ids(21), padding_mask(torch.tensor([21, 13, 2]), 21, side="left")
+    real = mask[:, 0, 0]
+    places = (real.cumsum(-1) - 1).clamp(min=0)
+    named = {"attention_mask": real.long(), "position_ids": places}
+    padded, alone = theirs(tokens, **named).logits[1, 8:], theirs(tokens[1:2, 8:]).logits[0]
+    assert_close(ours(tokens, mask=mask, positions=places)[1, 8:], alone, **NEAR)
+    assert not torch.allclose(padded, alone, atol=1e-2)
+    unscaled = case.settings | {"attn_temperature_tuning": False}
+    ours, theirs = pair(replace(case, settings=unscaled))
+    given = {"mask": mask, "positions": places}
+    assert_close(ours(tokens, **given)[real], theirs(tokens, **named).logits[real], **NEAR)
 
 
 def test_marian_writes_sines_before_cosines():
