@@ -13,7 +13,7 @@ from tfm_ref.balance import (
     switch_loss,
     z_loss,
 )
-from tfm_ref.cache import KVCache, StackCache
+from tfm_ref.cache import KVCache, RollingCache, StackCache
 from tfm_ref.claims import attempt, check, refute
 from tfm_ref.config import Experts, Latent, TransformerConfig
 from tfm_ref.convert import config_from_hf, from_hf, load_safetensors, to_hf
@@ -128,6 +128,7 @@ __all__ = [
     "PositionScheme",
     "RMSNorm",
     "RotaryPositions",
+    "RollingCache",
     "Router",
     "Routing",
     "SelfAttention",

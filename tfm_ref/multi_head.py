@@ -1,6 +1,7 @@
 """Several attentions side by side: one class for MHA, GQA and MQA, for self and cross."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +130,7 @@ class AttentionLayer(nn.Module):
                 :meth:`tfm_ref.positions.PositionScheme.rotation` makes it for those of the
                 context; the tokens of x are the last of them.
             cache: remembers the tokens of x, so that later ones find them: keys are all that it
-                holds. In cross-attention it remembers the context of the first call, which is
+                gives. In cross-attention it remembers the context of the first call, which is
                 that of all.
 
         Returns:
@@ -174,10 +175,7 @@ class AttentionLayer(nn.Module):
         Raises:
             ValueError: as :meth:`forward`.
         """
-        length = 0 if cache is None else cache.length
-        q, k, _ = self._project(x, context, rotation, cache)
-        if cache is not None:
-            cache.truncate(length)
+        q, k, _ = self._project(x, context, rotation, deepcopy(cache))
         return attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias, **self._form())
 
     def _form(self) -> dict[str, object]:
