@@ -101,10 +101,8 @@ WINDOWS |= {"one": {"window": 1}, "all first": {"window": 1, "n_first": 30}}
 @settings(max_examples=20)
 @torch.no_grad()
 def test_windows_give_the_same_for_every_split(window, positions, kind, sizes, rolling):
-    latent = (
-        {"latent": LATENT, "head_dim": 4, "positions": "rope"} if kind == "MLA" else HEADS[kind]
-    )
-    choices = {"n_kv_heads": None, "positions": positions, **latent, **WINDOWS[window]}
+    heads = HEADS | {"MLA": {"latent": LATENT, "head_dim": 4, "positions": "rope"}}
+    choices = {"n_kv_heads": None, "positions": positions, **heads[kind], **WINDOWS[window]}
     model, tokens = made(replace(CONFIG, **choices)), ids(sum(sizes))
     logits, cache = in_chunks(model, tokens, sizes, rolling=rolling)
     assert_close(logits, model(tokens), atol=1e-10, rtol=0)
@@ -232,7 +230,7 @@ def test_what_a_window_has_forgotten_cannot_be_said_anew():
     for _ in range(2):
         for length in N - 2, 3:
             message = (
-                "the cache has forgotten tokens 2 to 6, which a window of 4 would need: the length "
+                "the cache has forgotten tokens 2 to 6, and its window is 4: the length "
                 f"must be at most 2 or at least 10; got {length}"
             )
             with pytest.raises(ValueError, match=re.escape(message)):

@@ -222,9 +222,9 @@ class RollingCache(KVCache):
         least = self._lost + self.window - 1
         if self.n_first < length < least and self.n_first < self._lost:
             raise ValueError(
-                f"the cache has forgotten tokens {self.n_first} to {self._lost - 1}, which a window "
-                f"of {self.window} would need: the length must be at most {self.n_first} or at "
-                f"least {least}; got {length}"
+                f"the cache has forgotten tokens {self.n_first} to {self._lost - 1}, and its window "
+                f"is {self.window}: the length must be at most {self.n_first} or at least {least}; "
+                f"got {length}"
             )
 
     def truncate(self, length: int) -> None:

@@ -44,6 +44,10 @@ def fused_attention(
     none. PyTorch chooses the kernel; on the CPU the n × m weights are stored only with dropout,
     with values of another width than the keys, or if the bias or the sinks need a gradient.
 
+    Kernels for the CPU, and those for wide heads, copy a key head for each query head of its
+    group. Few queries, as in decoding, are therefore shown to it as the queries of one head:
+    (b, g · r, n, k) → (b, g, r · n, k).
+
     Reference:
         ``torch.nn.functional.scaled_dot_product_attention``. Its ``is_causal`` aligns the first
         query with the first key; ours aligns the last with the last. A query that may attend to
@@ -67,6 +71,8 @@ def fused_attention(
     if sinks is not None:
         check_sinks(sinks, scores)
         bias = torch.zeros_like(scores) if bias is None else bias
+    if q.shape[2] == 1:
+        is_causal = False  # the last query sees every key
     if is_causal and not (mask is None and bias is None and q.shape[2] == k.shape[2]):
         causal = causal_mask(*scores.shape[2:], device=q.device)
         mask, is_causal = causal if mask is None else mask & causal, False
@@ -81,6 +87,13 @@ def fused_attention(
         column = sinks[:, None, None].expand(*scores.shape[:3], 1)
         added = torch.cat([added.expand(scores.shape), column], -1)
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    (_, h, n, width), (_, g, m, _) = q.shape, k.shape
+    r = h // g
+    folds = r > 1 and r * n <= m and not is_causal and (q.device.type == "cpu" or width > 256)
+    if folds:
+        q = q.unflatten(1, (g, r)).flatten(2, 3)
+        if added is not None and added.shape[1:3] != (1, 1):
+            added = added.expand(-1, h, n, -1).unflatten(1, (g, r)).flatten(2, 3)
     y = F.scaled_dot_product_attention(
         q,
         k,
@@ -89,8 +102,9 @@ def fused_attention(
         dropout_p=dropout,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=q.shape[1] != g,
     )
+    y = y.unflatten(2, (r, n)).flatten(1, 2) if folds else y
     return y if blind is None else y.masked_fill(blind, 0.0)
 
 
