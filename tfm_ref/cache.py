@@ -222,8 +222,8 @@ class RollingCache(KVCache):
         least = self._lost + self.window - 1
         if self.n_first < length < least and self.n_first < self._lost:
             raise ValueError(
-                f"the cache has forgotten tokens {self.n_first} to {self._lost - 1}, and its window "
-                f"is {self.window}: the length must be at most {self.n_first} or at least {least}; "
+                f"the cache has forgotten tokens {self.n_first} to {self._lost - 1}, and its "
+                f"window is {self.window}: the length must be at most {self.n_first} or at least {least}; "
                 f"got {length}"
             )
 

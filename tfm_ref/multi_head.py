@@ -115,9 +115,9 @@ BACKENDS = {"naive": scaled_dot_product_attention, "sdpa": fused_attention}
 class AttentionLayer(nn.Module):
     """Attend from tokens to tokens: what every layer does, however it makes queries, keys, values.
 
-    A layer makes queries in ``_queries``, what it keeps of a token in ``_kept``, and keys and
-    values of that in ``_keys_and_values``; and it has ``o_proj``, ``scale``, ``dropout`` and
-    ``backend``.
+    A layer makes queries in ``_queries``, what it keeps of a token in ``_kept``, and of these what
+    attention takes in ``_terms``; what attention gives, ``_output`` turns into each head's values.
+    And it has ``o_proj``, ``scale``, ``dropout`` and ``backend``.
     """
 
     def forward(
@@ -165,6 +165,7 @@ class AttentionLayer(nn.Module):
         terms = {"mask": mask, "is_causal": is_causal, "bias": bias, **self._form()}
         dropout = self.dropout if self.training else 0.0
         y = BACKENDS[self.backend](q, k, v, **terms, dropout=dropout)
+        y = self._output(y, k.shape[2])
         return self.o_proj(rearrange(y, "b h n v -> b n (h v)"))
 
     def attention_weights(
@@ -203,7 +204,7 @@ class AttentionLayer(nn.Module):
         rotation: Callable[[Tensor], Tensor] | None,
         cache: KVCache | None,
     ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b g m k"], Float[Tensor, "b g m v"]]:
-        """Make queries, keys and values, and give each head its own."""
+        """Make queries, keys and values, and give each head its own; remember the new tokens."""
         q = self._queries(x, rotation)
         if cache is not None and context is not None and cache.length:
             kept = cache.tensors
@@ -215,7 +216,7 @@ class AttentionLayer(nn.Module):
         else:
             kept = self._kept(x if context is None else context, rotation)
             kept = kept if cache is None else cache.append(*kept)
-        return q, *self._keys_and_values(*kept)
+        return self._terms(q, *kept)
 
     def _queries(
         self, x: Float[Tensor, "b n d"], rotation: Callable[[Tensor], Tensor] | None
@@ -229,11 +230,15 @@ class AttentionLayer(nn.Module):
         """Make what has to be kept of each token, as tensors of shape (batch, ..., m, width)."""
         raise NotImplementedError
 
-    def _keys_and_values(
-        self, *kept: Tensor
-    ) -> tuple[Float[Tensor, "b g m k"], Float[Tensor, "b g m v"]]:
+    def _terms(
+        self, q: Tensor, *kept: Tensor
+    ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b g m k"], Float[Tensor, "b g m v"]]:
         """Make keys and values of what was kept: they are it, if a layer says nothing else."""
-        return kept
+        return q, *kept
+
+    def _output(self, y: Float[Tensor, "b h n v"], len_k: int) -> Float[Tensor, "b h n v"]:
+        """Make each head's values of what attention gave: they are it, if nothing else is said."""
+        return y
 
 
 class MultiHeadAttention(AttentionLayer):

@@ -39,6 +39,8 @@ KV = "self.k_proj(x), self.v_proj(x)"
 JOINED = "b h n v -> b n (h v)"
 TURNED = "(k if rotation is None else rotation(k)), v"
 SPLIT = "b n (h k) -> b h n k"
+ROOT = "(head_dim + rope_head_dim) ** -0.5 if scale is None else scale\n"
+UP = 'y, self._up()[1].flip(0), "b h n l, h v l'
 HEADS = "(self.n_heads, sum(widths))).transpose(1, 2)"
 ADDED = "allowed if bias is None else bias.masked_fill(~allowed, -torch.inf)"
 
@@ -57,6 +59,13 @@ MUTANTS = [
         ("the latent not normalised", "equation", "self.kv_a_norm(latent)", "latent"),
         ("the shared key not turned", "equation", "rotation(k_rope)", "k_rope"),
         ("scaled as if nothing turned", "equation", "self.scale}", "self.head_dim**-0.5}"),
+        ("scaled by the width of the latents", "equation", ROOT, "scale\n"),
+        (
+            "the average of latents is of values",
+            "equation",
+            'y, self._up()[1], "b h n l, h v l',
+            UP,
+        ),
         ("latent heads with a stride", "equation", HEADS, "(-1, self.n_heads)).movedim(-1, 1)"),
         ("pairings mixed", "equation", "interleaved: bool = False", "interleaved: bool = True"),
         ("one query takes the first angle", "chunks", "[:, None, -t.", "[:, None, : t."),
