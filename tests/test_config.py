@@ -61,6 +61,7 @@ CHANGES = {  # one field, from a config in which it can do something
     "attention_softcap": (BASE, {"attention_softcap": 0.1}),
     "sinks": (BASE, {"sinks": True}),
     "window": (BASE, {"window": 2}),
+    "n_first": (replace(BASE, window=2), {"n_first": 1}),
     "chunked": (ROPE, {"chunked": True}),
     "global_every": (ROPE, {"global_every": 3}),
     "global_positions": (ROPE, {"global_positions": False}),
@@ -185,6 +186,7 @@ REFUSED = {
     ),
     "global_positions": ({"global_positions": False}, "needs global_every to be given; got None"),
     "chunked": ({"chunked": True}, "chunked = True needs window to be given; got None"),
+    "n_first": ({"n_first": 2}, "n_first = 2 needs window to be given; got None"),
     "global_every": ({"global_every": 2}, "global_every = 2 needs window to be given; got None"),
     "window": (
         {"is_causal": False, "window": 2},
@@ -287,6 +289,11 @@ def test_every_rule_is_tested():
         ({"n_segments": -1}, "n_segments must be an integer of at least 0; got -1"),
         ({"max_seq_len": 0}, "max_seq_len must be an integer of at least 1; got 0"),
         ({"window": 0}, "window must be an integer of at least 1; got 0"),
+        ({"window": 2, "n_first": -1}, "n_first must be an integer of at least 0; got -1"),
+        (
+            {"window": 2, "chunked": True, "n_first": 1},
+            "n_first = 1 needs chunked = False; got True",
+        ),
         ({"window": 2, "global_every": 0}, "global_every must be an integer of at least 1; got 0"),
         (
             {"positions": "learned", "max_seq_len": 4, "first_position": -1},

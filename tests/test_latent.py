@@ -11,6 +11,7 @@ import torch
 from oracles import draw, redraw, values_and_gradients
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV2Config, DeepseekV3Config
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
@@ -18,6 +19,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 from tfm_ref import (
     Block,
     FeedForward,
+    KVCache,
     LatentAttention,
     MultiHeadAttention,
     RMSNorm,
@@ -71,7 +73,7 @@ def yarn(mscale, mscale_all_dim):
     )
 
 
-def twins(version, q_lora_rank, mscales=None, interleaved=True, backend="sdpa"):
+def twins(version, q_lora_rank, mscales=None, interleaved=True, **choices):
     """Build our layer and theirs with the same parameters, and both rotary schemes."""
     stretch, scale = (None, None) if mscales is None else yarn(*mscales)
     rope = {"rope_type": "default"}
@@ -95,7 +97,7 @@ def twins(version, q_lora_rank, mscales=None, interleaved=True, backend="sdpa"):
         attn_implementation="eager",
         **({} if version == "V2" else {"rope_interleave": interleaved}),
     )
-    settings = {"q_lora_rank": q_lora_rank, "bias": True, "scale": scale, "backend": backend}
+    settings = {"q_lora_rank": q_lora_rank, "bias": True, "scale": scale, **choices}
     ours, theirs = redraw(LatentAttention(**SIZES, **settings)), attention(config, layer_idx=0)
     theirs.load_state_dict(in_their_names(ours.state_dict()))
     scheme = RotaryPositions(head_dim=8, theta=100.0, interleaved=interleaved, scaling=stretch)
@@ -139,6 +141,7 @@ VARIANTS = {
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 with_and_without = pytest.mark.parametrize("q_lora_rank", [None, 5])
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+both_forms = pytest.mark.parametrize("absorbed", [False, True])
 
 
 @every_variant
@@ -156,9 +159,12 @@ def test_equals_the_public_implementation(backend, q_lora_rank, variant):
 @every_variant
 @with_and_without
 @each_backend
-def test_equals_the_public_implementation_in_double_precision(backend, q_lora_rank, variant):
+@both_forms
+def test_equals_the_public_implementation_in_double_precision(
+    absorbed, backend, q_lora_rank, variant
+):
     """Angles, in float32 by definition, are ours; what else they compute in float32 is widened."""
-    settings = {**VARIANTS[variant], "backend": backend}
+    settings = {**VARIANTS[variant], "backend": backend, "absorbed": absorbed}
     ours, theirs, scheme, _ = twins(q_lora_rank=q_lora_rank, **settings)
     x, positions = draw(B, LENGTH, D, seed=9).double(), torch.arange(LENGTH)[None]
     rotation = scheme.rotation(positions)
@@ -166,6 +172,87 @@ def test_equals_the_public_implementation_in_double_precision(backend, q_lora_ra
     angles = torch.complex(rotation.cos, rotation.sin) if "V2" in variant else (cos, sin)
     with Wide():
         assert_equal_layers(ours.double(), theirs.double(), rotation, angles, x, 1e-10)
+
+
+@every_variant
+@torch.no_grad()
+def test_decodes_as_the_public_implementation(variant):
+    """Token by token, absorbed as it is by itself, from the cache."""
+    ours, theirs, scheme, rotary = twins(q_lora_rank=5, **VARIANTS[variant])
+    x, cache, steps = draw(B, LENGTH, D, seed=9), KVCache(LENGTH), []
+    for position, token in enumerate(x.split(1, 1)):
+        rotation = scheme.rotation(torch.tensor([[position]]))
+        steps.append(ours(token, is_causal=True, rotation=rotation, cache=cache))
+    future = torch.zeros(LENGTH, LENGTH).masked_fill(~causal_mask(LENGTH)[0, 0], -torch.inf)
+    angles = rotary(x, torch.arange(LENGTH)[None])
+    expected = theirs(x, position_embeddings=angles, attention_mask=future[None, None])[0]
+    assert_close(torch.cat(steps, 1), expected, rtol=3e-5, atol=3e-5)
+    assert cache.n_bytes == B * LENGTH * (6 + 8) * 4
+
+
+# --- the absorbed form
+
+
+@each_backend
+@with_and_without
+def test_the_absorbed_form_is_the_naive_one(q_lora_rank, backend):
+    """Values, weights and all gradients; in itself, across, and with all terms at once."""
+    x, context = draw(B, N, D).double(), draw(B, M, D, seed=1).double()
+    turn = RotaryPositions(head_dim=8).rotation(torch.arange(M)[None])
+    mask = padding_mask(torch.tensor([M, 4, 0]), M)
+    bias = draw(1, H, N, M).double()
+    across = {"mask": mask, "bias": bias, "is_causal": True, "rotation": turn}
+    for tokens, terms in ((x,), {}), ((x,), {"is_causal": True}), ((x, context), across):
+        outcomes = []
+        for absorbed in False, True:
+            settings = {"q_lora_rank": q_lora_rank, "backend": backend, "absorbed": absorbed}
+            attention = redraw(LatentAttention(**SIZES, **settings)).double()
+            run = partial(attention, **terms)
+            weights = attention.attention_weights(*tokens, **terms)
+            outcomes.append((weights, values_and_gradients(run, attention, *tokens)))
+        assert_close(*outcomes, atol=1e-10, rtol=1e-10)
+
+
+@both_forms
+@torch.no_grad()
+def test_absorbed_keys_and_values_are_what_the_cache_holds(absorbed):
+    """No copy of it, and one head; the naive form has as many as there are queries."""
+    attention, cache = redraw(LatentAttention(**SIZES, absorbed=absorbed)), KVCache(N)
+    _, k, v = attention._project(draw(B, N, D), None, None, None, cache)
+    if not absorbed:
+        assert (k.shape, v.shape) == ((B, H, N, 12), (B, H, N, 3))
+        return
+    assert (k.shape, v.shape) == ((B, 1, N, 14), (B, 1, N, 6))
+    assert k.data_ptr() == v.data_ptr() == cache.tensors[0].data_ptr()
+
+
+def multiplications(attention, n, m):
+    """Count those that depend on the form, for one sequence, in the products themselves."""
+    x, context = torch.empty(1, n, attention.d_model), torch.empty(1, m, attention.d_model)
+    with FlopCounterMode(display=False) as counter:
+        attention(x.to("meta"), context.to("meta"))
+    return counter.get_total_flops() // 2
+
+
+def test_the_form_is_the_one_that_multiplies_less():
+    """Counted by PyTorch: DeepSeek's decoding is absorbed, 170 queries are, 171 are not."""
+    large = {"head_dim": 128, "rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
+    for parts, yes, no in (
+        (large, [(1, 2), (1, 10**6), (170, 10**6)], [(1, 1), (171, 10**6), (4096, 4096)]),
+        (PARTS | {"kv_lora_rank": 2}, [(1, 1), (5, 5), (7, 5)], []),
+        (PARTS | {"kv_lora_rank": 6}, [(1, 5), (2, 5)], [(5, 5), (4, 5)]),
+    ):
+        counts, cells = {}, yes + no
+        for absorbed in None, False, True:
+            with torch.device("meta"):
+                attention = LatentAttention(
+                    d_model=2, n_heads=1, **parts, absorbed=absorbed, backend="naive"
+                )
+            counts[absorbed] = [multiplications(attention, n, m) for n, m in cells]
+        pairs = list(zip(counts[False], counts[True], strict=True))
+        assert counts[None] == [min(pair) for pair in pairs]
+        absorbs = [absorbed < naive for naive, absorbed in pairs]
+        assert absorbs == [True] * len(yes) + [False] * len(no)
 
 
 # --- by hand
@@ -351,7 +438,7 @@ def test_biases_are_where_deepseek_has_them(q_lora_rank):
 
 def test_its_settings_can_be_read():
     attention = LatentAttention(**SIZES, q_lora_rank=5, scale=0.5)
-    assert "n_heads=2, scale=0.5, backend='sdpa'" in repr(attention)
+    assert "n_heads=2, scale=0.5, absorbed=None, backend='sdpa'" in repr(attention)
     settings = {**SIZES, "q_lora_rank": 5, "scale": 0.5, "dropout": 0.0, "cache_width": 14}
     assert {name: getattr(attention, name) for name in settings} == settings
 

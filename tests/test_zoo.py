@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,6 +157,9 @@ def test_caches_with_windows_and_sources():
     assert kv_cache_bytes(model, 10_000) == per_layer * 13 * (10_000 + 4096)
     assert kv_cache_bytes(model, 4096) == per_layer * 26 * 4096
     assert kv_cache_bytes(model, 0) == 0
+    sinks = build(replace(TINY["Mistral-7B-v0.1"].config, n_first=2))
+    per_token = kv_cache_bytes(sinks)
+    assert [kv_cache_bytes(sinks, n) for n in (4, 5, 100)] == [n * per_token for n in (4, 5, 5)]
     bart = full_size("BART-large")
     assert kv_cache_bytes(bart, 3, source_length=5) == 2 * 1024 * 12 * (3 + 5) * 2
     assert kv_cache_bytes(bart, 3, bytes_per_number=1) == 2 * 1024 * 12 * 3

@@ -13,7 +13,7 @@ from tfm_ref.balance import (
     switch_loss,
     z_loss,
 )
-from tfm_ref.cache import KVCache, StackCache
+from tfm_ref.cache import KVCache, RollingCache, StackCache
 from tfm_ref.checkpoints import (
     average_checkpoints,
     latest_checkpoint,
@@ -133,6 +133,7 @@ __all__ = [
     "PositionScheme",
     "QueryScaling",
     "RMSNorm",
+    "RollingCache",
     "RotaryPositions",
     "Router",
     "Routing",

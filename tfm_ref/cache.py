@@ -1,5 +1,9 @@
 """What decoding remembers, so that each step computes only what is new."""
 
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
 from jaxtyping import Integer
 from torch import Tensor
 
@@ -45,14 +49,21 @@ class KVCache:
             ValueError: if there is no room, if shapes or dtypes are not those of the first
                 tokens, or if the tensors need gradients.
         """
+        n = self._check(new)
+        for room, t in zip(self._room, new, strict=True):
+            room[..., self.length : self.length + n, :] = t
+        self.length += n
+        return self.tensors
+
+    def _check(self, new: tuple[Tensor, ...]) -> int:
+        """Refuse what does not fit, take the room for the first, and count the new tokens."""
         n = new[0].shape[-2]
+        max_len = self.max_len or (self._room[0].shape[-2] if self._room else n)
+        if self.length + n > max_len:
+            raise ValueError(f"the cache has room for {max_len} tokens; got {self.length} + {n}")
         if not self._room:
-            self.max_len = self.max_len or n
-            self._room = [t.new_empty((*t.shape[:-2], self.max_len, t.shape[-1])) for t in new]
-        if self.length + n > self.max_len:
-            raise ValueError(
-                f"the cache has room for {self.max_len} tokens; got {self.length} + {n}"
-            )
+            slots = self._slots(max_len)
+            self._room = [t.new_empty((*t.shape[:-2], slots, t.shape[-1])) for t in new]
         for room, t in zip(self._room, new, strict=True):
             expected = (*room.shape[:-2], n, room.shape[-1])
             if t.shape != expected or t.dtype != room.dtype:
@@ -62,9 +73,14 @@ class KVCache:
                 )
             if t.requires_grad:
                 raise ValueError("a cache keeps no gradients: use it under torch.no_grad()")
-            room[..., self.length : self.length + n, :] = t
-        self.length += n
-        return self.tensors
+        return n
+
+    def _slots(self, max_len: int) -> int:
+        """Say for how many tokens memory is taken."""
+        return max_len
+
+    def columns(self, n: int, *, device: torch.device | None = None) -> None:
+        """Say which tokens ``append`` of n new ones will give: all, and for that stands None."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -82,23 +98,150 @@ class KVCache:
         Raises:
             ValueError: if there are fewer.
         """
-        check_size("length", length, least=0, most=self.length)
+        self.check_truncate(length)
         self.length = length
+
+    def check_truncate(self, length: int) -> None:
+        """Refuse a length to which the cache cannot go back, and change nothing."""
+        check_size("length", length, least=0, most=self.length)
+
+    def reset(self) -> None:
+        """Forget all tokens, and give their memory back: what comes next may have another batch."""
+        self.truncate(0)
+        self._room = []
 
     def reorder(self, indices: Integer[Tensor, " b"]) -> None:
         """Let row i become what row ``indices[i]`` was; there may be more rows or fewer."""
         self._room = [room[indices] for room in self._room]
 
 
+class RollingCache(KVCache):
+    """Remember what an attention with a window still needs: the last tokens, and maybe the first.
+
+    A token takes the place of the one that it drives out of the window, so that memory is taken
+    for ``n_first + window`` tokens, however many have passed. What is remembered after one new
+    token is all in its sight. Of several at once each needs the window's mask, for the tokens
+    that :meth:`columns` names.
+
+    Args:
+        window: number of tokens that the last token sees, itself among them.
+        n_first: number of first tokens that stay for ever.
+        max_len: number of tokens of each sequence that may pass; any, if not given.
+
+    Raises:
+        ValueError: if window or max_len is not an integer of at least 1, or n_first of at least 0.
+
+    Reference:
+        Jiang et al. 2023, "Mistral 7B", section 2, "Rolling Buffer Cache". Xiao et al. 2023,
+        "Efficient Streaming Language Models with Attention Sinks", section 3.2, with 4 first
+        tokens. They number positions by the place in the cache, so that none exceeds its size,
+        and turn the keys anew at each step; here keys stay turned by their true positions, as in
+        a model that has the same mask and no cache.
+
+    Example:
+        >>> import torch
+        >>> cache = RollingCache(3, n_first=1)
+        >>> for token in torch.arange(6.0).view(6, 1, 1, 1):
+        ...     columns, seen = cache.columns(1), cache.append(token)[0]
+        >>> seen.flatten(), columns, cache.columns(2)
+        (tensor([0., 4., 5., 3.]), tensor([0, 4, 5, 3]), tensor([0, 4, 5, 6, 7]))
+    """
+
+    def __init__(self, window: int, *, n_first: int = 0, max_len: int | None = None) -> None:
+        super().__init__(max_len)
+        check_size("window", window)
+        check_size("n_first", n_first, least=0)
+        self.window, self.n_first = window, n_first
+        self.max_len = math.inf if max_len is None else max_len
+        self._lost = 0  # of the tokens before this one, only the first are left
+
+    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Remember new tokens; arguments and errors are those of :meth:`KVCache.append`.
+
+        Returns:
+            The tensors of the tokens that :meth:`columns` names: of all, while nothing has been
+            forgotten; then a view for one new token, and a copy for several.
+        """
+        end = self.length + new[0].shape[-2]
+        if end <= self.n_first + self.window:
+            return super().append(*new)
+        n, seen = self._check(new), ()
+        if n == 1:
+            place = self.n_first + (self.length - self.n_first) % self.window
+            for room, t in zip(self._room, new, strict=True):
+                room[..., place : place + 1, :] = t
+        else:
+            columns = self.columns(n, device=new[0].device)
+            old, last = self._places(columns[:-n]), self._places(columns[-self.window :])
+            pairs = zip(self._room, new, strict=True)
+            seen = tuple(torch.cat([room[..., old, :], t], -2) for room, t in pairs)
+            for room, t in zip(self._room, seen, strict=True):
+                room[..., : self.n_first, :] = t[..., : self.n_first, :]
+                room[..., last, :] = t[..., -self.window :, :]
+        self.length, self._lost = end, max(self._lost, end - self.window)
+        return seen or self.tensors
+
+    def columns(
+        self, n: int, *, device: torch.device | None = None
+    ) -> Integer[Tensor, " m"] | None:
+        """Number the tokens that ``append`` of n new ones will give, in its order.
+
+        Args:
+            n: number of new tokens.
+            device: where to build the numbers.
+
+        Returns:
+            Their columns in the whole sequence, so that ``mask[..., columns]`` fits them; None
+            means all, in order.
+        """
+        end, first = self.length + n, max(self.n_first, self.length - self.window + 1)
+        if end <= self.n_first + self.window:
+            return None
+        columns = torch.arange(end, device=device)
+        if n > 1:
+            return torch.cat([columns[: self.n_first], columns[first:]])
+        kept = torch.cat([columns[: self.n_first], columns[-self.window :]])
+        return torch.empty_like(kept).index_copy(0, self._places(kept), kept)
+
+    def _places(self, columns: Integer[Tensor, " m"]) -> Integer[Tensor, " m"]:
+        """Say where the tokens of these columns lie."""
+        rolled = self.n_first + (columns - self.n_first) % self.window
+        return columns.where(columns < self.n_first, rolled)
+
+    def _slots(self, max_len: float) -> int:
+        return min(max_len, self.n_first + self.window)
+
+    def check_truncate(self, length: int) -> None:
+        """Refuse a length to which the cache cannot go back, and change nothing.
+
+        Raises:
+            ValueError: if there are fewer tokens, or if the next token would see some that are
+                forgotten.
+        """
+        super().check_truncate(length)
+        least = self._lost + self.window - 1
+        if self.n_first < length < least and self.n_first < self._lost:
+            raise ValueError(
+                f"the cache has forgotten tokens {self.n_first} to {self._lost - 1}, and its "
+                f"window is {self.window}: the length must be at most {self.n_first} or at "
+                f"least {least}; got {length}"
+            )
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens but the first ``length``; raises as :meth:`check_truncate`."""
+        super().truncate(length)
+        self._lost = min(self._lost, length)
+
+
 class StackCache:
     """Remember what every attention of a stack keeps of each token, and where the token stands.
 
     Args:
-        n_layers: number of blocks.
+        layers: what the self-attention of each block remembers with.
         max_len: number of tokens of each sequence for which there is room.
 
     Raises:
-        ValueError: if a size is not an integer of at least 1.
+        ValueError: if there is no layer, or max_len is not an integer of at least 1.
 
     Example:
         >>> import torch
@@ -112,10 +255,15 @@ class StackCache:
         True
     """
 
-    def __init__(self, n_layers: int, max_len: int) -> None:
-        check_size("n_layers", n_layers)
+    def __init__(self, layers: Sequence[KVCache], max_len: int) -> None:
+        check_size("n_layers", len(layers))
         self.positions = KVCache(max_len)
-        self.layers = [(KVCache(max_len), KVCache()) for _ in range(n_layers)]
+        self.layers = [(cache, KVCache()) for cache in layers]
+
+    def __iter__(self) -> Iterator[KVCache]:
+        """Go through all caches but those of contexts."""
+        yield self.positions
+        yield from (cache for cache, _ in self.layers)
 
     @property
     def length(self) -> int:
@@ -131,10 +279,18 @@ class StackCache:
         """Forget all tokens but the first ``length``; a context for cross-attention stays.
 
         Raises:
-            ValueError: if there are fewer.
+            ValueError: if there are fewer, or if a layer with a window has forgotten some that
+                the next token would see. Nothing is changed then.
         """
-        for cache in (self.positions, *(cache for cache, _ in self.layers)):
+        for cache in self:
+            cache.check_truncate(length)
+        for cache in self:
             cache.truncate(length)
+
+    def reset(self) -> None:
+        """Forget all tokens, and the context for cross-attention."""
+        for cache in (self.positions, *(cache for caches in self.layers for cache in caches)):
+            cache.reset()
 
     def reorder(self, indices: Integer[Tensor, " b"]) -> None:
         """Let sequence i become what sequence ``indices[i]`` was, as beam search needs it.

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from tfm_ref.cache import KVCache, RollingCache
 from tfm_ref.latent import LatentAttention
 from tfm_ref.layers import ACTIVATIONS, NORM_PLACEMENTS, Block, FeedForward, RMSNorm
 from tfm_ref.moe import MoELayer
@@ -59,7 +60,8 @@ RULES = [
     (("local_rope_theta",), "positions", "rope"),
     (("local_rope_theta", "global_positions", "global_qk_norm"), "global_every", ...),
     (("global_qk_norm",), "qk_norm", ...),
-    (("chunked", "global_every"), "window", ...),
+    (("chunked", "global_every", "n_first"), "window", ...),
+    (("n_first",), "chunked", False),
     (("window", "n_encoder_layers"), "is_causal", True),
     (("pooler",), "is_causal", False),
     (("parallel",), "norm_placement", "pre"),
@@ -159,6 +161,7 @@ class TransformerConfig:
         attention_softcap: bends the scaled scores.
         sinks: learn a score per head that takes its share of each softmax.
         window: number of keys in sight of a query; all if not given.
+        n_first: number of first tokens that a sliding window keeps in sight.
         chunked: cut the sequence into windows that do not overlap, instead of sliding one.
         global_every: every how many-th layer has no window; none if not given.
         global_positions: let those layers know the positions.
@@ -237,6 +240,7 @@ class TransformerConfig:
     attention_softcap: float | None = None
     sinks: bool = False
     window: int | None = None
+    n_first: int = 0
     chunked: bool = False
     global_every: int | None = None
     global_positions: bool = True
@@ -277,7 +281,7 @@ class TransformerConfig:
             check_choice("qk_norm", self.qk_norm, NORMS)
         for name in "vocab_size", "n_layers":
             check_size(name, getattr(self, name))
-        for name in "n_encoder_layers", "n_segments", "first_position":
+        for name in "n_encoder_layers", "n_segments", "first_position", "n_first":
             check_size(name, getattr(self, name), least=0)
         for name in "max_seq_len", "window", "global_every":
             if getattr(self, name) is not None:
@@ -387,6 +391,12 @@ class TransformerConfig:
         settings = dict(vars(self.experts))
         del settings["n_dense_layers"], settings["every"]
         return MoELayer(**shared, **settings)
+
+    def new_cache(self, layer: int, max_len: int) -> KVCache:
+        """Make what the attention of a layer remembers with; with a window, it rolls."""
+        if self.is_local(layer):
+            return RollingCache(self.window, n_first=self.n_first, max_len=max_len)
+        return KVCache(max_len)
 
     def new_block(self, layer: int) -> Block:
         """Make a block."""

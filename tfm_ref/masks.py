@@ -52,26 +52,30 @@ def sliding_window_mask(
     len_k: int | None = None,
     *,
     window: int,
+    n_first: int = 0,
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "1 1 n m"]:
-    """Let each query see the last ``window`` positions, its own among them.
+    """Let each query see the last ``window`` positions, its own among them, and maybe the first.
 
-    ``mask[i, j] = (i' - window < j <= i')`` with ``i' = i + len_k - len_q``.
+    ``mask[i, j] = (j <= i') and (j > i' - window or j < n_first)`` with ``i' = i + len_k - len_q``.
 
     Args:
         len_q: number of queries.
         len_k: number of keys; len_q if not given.
         window: number of keys in sight.
+        n_first: number of first keys that stay in sight: attention sinks.
         device: where to build the mask.
 
     Returns:
         Mask of shape (1, 1, len_q, len_k), True = may attend.
 
     Raises:
-        ValueError: if a length or the window is not an integer of at least 1.
+        ValueError: if a length or the window is not an integer of at least 1, or n_first of at
+            least 0.
 
     Reference:
-        Jiang et al. 2023, "Mistral 7B", section 2.
+        Jiang et al. 2023, "Mistral 7B", section 2. Xiao et al. 2023, "Efficient Streaming
+        Language Models with Attention Sinks", Figure 1 (d), whose window excludes the first keys.
 
     Example:
         >>> sliding_window_mask(3, window=2)[0, 0].int()
@@ -80,8 +84,9 @@ def sliding_window_mask(
                 [0, 1, 1]], dtype=torch.int32)
     """
     check_size("window", window)
+    check_size("n_first", n_first, least=0)
     i, j = _positions(len_q, len_k, device)
-    return ((j <= i) & (j > i - window))[None, None]
+    return ((j <= i) & ((j > i - window) | (j < n_first)))[None, None]
 
 
 def chunked_mask(

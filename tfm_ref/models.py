@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
-from tfm_ref.cache import StackCache
+from tfm_ref.cache import KVCache, StackCache
 from tfm_ref.config import TransformerConfig
 from tfm_ref.layers import ACTIVATIONS
 from tfm_ref.masks import chunked_mask, sliding_window_mask
@@ -154,8 +153,8 @@ class Stack(nn.Module):
         x = F.dropout(x, c.dropout, self.training)
         yield x
         terms = {
-            is_local: self._terms(x, is_local, mask, positions, all_positions)
-            for is_local in {c.is_local(layer) for layer in range(c.n_layers)}
+            is_local: self._terms(x, is_local, mask, positions, all_positions, columns)
+            for is_local, columns in self._columns(x, cache).items()
         }
         for layer, block in enumerate(self.blocks):
             caches = None if cache is None else cache.layers[layer]
@@ -165,6 +164,17 @@ class Stack(nn.Module):
                 x = self.norm(x)
             yield x
 
+    def _columns(self, x: Tensor, cache: StackCache | None) -> dict[bool, Tensor | None]:
+        """Say for layers with a window, and for those without, which tokens x will find."""
+        layers = {self.config.is_local(layer): layer for layer in range(self.config.n_layers)}
+        if cache is None:
+            return dict.fromkeys(layers)
+        n, device = x.shape[1], x.device
+        return {
+            is_local: cache.layers[layer][0].columns(n, device=device)
+            for is_local, layer in layers.items()
+        }
+
     def _terms(
         self,
         x: Tensor,
@@ -172,20 +182,21 @@ class Stack(nn.Module):
         mask: Tensor | None,
         positions: Tensor,
         all_positions: Tensor,
+        columns: Tensor | None,
     ) -> dict:
         """Give what all layers of a kind, with window or without, tell their attention."""
-        c = self.config
-        terms = {"mask": mask, "is_causal": c.is_causal}
+        c, n, t = self.config, x.shape[1], all_positions.shape[1]
         if is_local:
-            sizes, see = (x.shape[1], all_positions.shape[1]), sliding_window_mask
-            if c.chunked:
-                see = partial(chunked_mask, positions=all_positions - c.first_position)
-            window = see(*sizes, window=c.window, device=x.device)
             if mask is not None:
-                scores = x.new_empty(()).expand(len(x), c.n_heads, *window.shape[2:])
-                check_mask(mask, scores)
-            terms["mask"] = window if mask is None else mask & window
-        elif c.query_scaling is not None:
+                check_mask(mask, x.new_empty(()).expand(len(x), c.n_heads, n, t))
+            window = self._window(n, t, all_positions, columns)
+            if window is not None:
+                mask = window if mask is None else mask & window
+            if columns is not None:
+                all_positions = all_positions[:, columns]
+                mask = None if mask is None else mask.expand(-1, -1, -1, t)[..., columns]
+        terms = {"mask": mask, "is_causal": c.is_causal}
+        if not is_local and c.query_scaling is not None:
             terms["query_scale"] = c.query_scaling(positions - c.first_position)
         if not (is_local or c.global_positions):
             return terms
@@ -194,6 +205,18 @@ class Stack(nn.Module):
         terms["bias"] = None if bias is None else bias.to(x.dtype)
         terms["rotation"] = scheme.rotation(positions)
         return terms
+
+    def _window(
+        self, n: int, t: int, all_positions: Tensor, columns: Tensor | None
+    ) -> Tensor | None:
+        """Make the mask of the window over all t tokens; None if it hides nothing."""
+        c, device = self.config, all_positions.device
+        if c.chunked:
+            positions = all_positions - c.first_position
+            return chunked_mask(n, t, window=c.window, positions=positions, device=device)
+        if t <= c.window + c.n_first or (n == 1 and columns is not None):
+            return None  # a cache that rolls has forgotten what the newest token must not see
+        return sliding_window_mask(n, t, window=c.window, n_first=c.n_first, device=device)
 
 
 class Head(nn.Module):
@@ -352,13 +375,20 @@ class DecoderLM(LanguageModel):
             raise ValueError("a DecoderLM needs is_causal = True; got False: use Encoder")
         super().__init__(config)
 
-    def new_cache(self, max_len: int) -> StackCache:
+    def new_cache(self, max_len: int, *, rolling: bool = True) -> StackCache:
         """Make a cache with room for ``max_len`` tokens of each sequence.
+
+        Args:
+            max_len: number of tokens.
+            rolling: let layers with a window remember no more than it needs. Else they remember
+                all, and one can go back to any length.
 
         Raises:
             ValueError: if max_len is not an integer of at least 1.
         """
-        return StackCache(self.config.n_layers, max_len)
+        make = self.config.new_cache if rolling else lambda layer, max_len: KVCache(max_len)
+        layers = [make(layer, max_len) for layer in range(self.config.n_layers)]
+        return StackCache(layers, max_len)
 
 
 class EncoderDecoder(nn.Module):

@@ -1,6 +1,7 @@
 """Several attentions side by side: one class for MHA, GQA and MQA, for self and cross."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,10 @@ def fused_attention(
     none. PyTorch chooses the kernel; on the CPU the n × m weights are stored only with dropout,
     with values of another width than the keys, or if the bias or the sinks need a gradient.
 
+    Kernels for the CPU, and those for wide heads, copy a key head for each query head of its
+    group. Few queries, as in decoding, are therefore shown to it as the queries of one head:
+    (b, g · r, n, k) → (b, g, r · n, k).
+
     Reference:
         ``torch.nn.functional.scaled_dot_product_attention``. Its ``is_causal`` aligns the first
         query with the first key; ours aligns the last with the last. A query that may attend to
@@ -70,6 +75,8 @@ def fused_attention(
     if sinks is not None:
         check_sinks(sinks, scores)
         bias = torch.zeros_like(scores) if bias is None else bias
+    if q.shape[2] == 1:
+        is_causal = False  # the last query sees every key
     if is_causal and not (mask is None and bias is None and q.shape[2] == k.shape[2]):
         causal = causal_mask(*scores.shape[2:], device=q.device)
         mask, is_causal = causal if mask is None else mask & causal, False
@@ -84,6 +91,13 @@ def fused_attention(
         column = sinks[:, None, None].expand(*scores.shape[:3], 1)
         added = torch.cat([added.expand(scores.shape), column], -1)
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    (_, h, n, width), (_, g, m, _) = q.shape, k.shape
+    r = h // g
+    folds = r > 1 and r * n <= m and not is_causal and (q.device.type == "cpu" or width > 256)
+    if folds:
+        q = q.unflatten(1, (g, r)).flatten(2, 3)
+        if added is not None and added.shape[1:3] != (1, 1):
+            added = added.expand(-1, h, n, -1).unflatten(1, (g, r)).flatten(2, 3)
     y = F.scaled_dot_product_attention(
         q,
         k,
@@ -92,8 +106,9 @@ def fused_attention(
         dropout_p=dropout,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=q.shape[1] != g,
     )
+    y = y.unflatten(2, (r, n)).flatten(1, 2) if folds else y
     return y if blind is None else y.masked_fill(blind, 0.0)
 
 
@@ -136,9 +151,9 @@ def check_backend(backend: str, *, dropout: float = 0.0, softcap: float | None =
 class AttentionLayer(nn.Module):
     """Attend from tokens to tokens: what every layer does, however it makes queries, keys, values.
 
-    A layer makes queries in ``_queries``, what it keeps of a token in ``_kept``, and keys and
-    values of that in ``_keys_and_values``; and it has ``o_proj``, ``scale``, ``dropout`` and
-    ``backend``.
+    A layer makes queries in ``_queries``, what it keeps of a token in ``_kept``, and of these what
+    attention takes in ``_terms``; what attention gives, ``_output`` turns into each head's values.
+    And it has ``o_proj``, ``scale``, ``dropout`` and ``backend``.
     """
 
     def forward(
@@ -168,7 +183,7 @@ class AttentionLayer(nn.Module):
             query_scale: multiplies each query, and with it all its scores, before softcap and
                 bias; as :class:`tfm_ref.positions.QueryScaling` makes it.
             cache: remembers the tokens of x, so that later ones find them: keys are all that it
-                holds. In cross-attention it remembers the context of the first call, which is
+                gives. In cross-attention it remembers the context of the first call, which is
                 that of all.
 
         Returns:
@@ -189,6 +204,7 @@ class AttentionLayer(nn.Module):
         terms = {"mask": mask, "is_causal": is_causal, "bias": bias, **self._form()}
         dropout = self.dropout if self.training else 0.0
         y = BACKENDS[self.backend](q, k, v, **terms, dropout=dropout)
+        y = self._output(y, k.shape[2])
         return self.o_proj(rearrange(y, "b h n v -> b n (h v)"))
 
     def attention_weights(
@@ -214,10 +230,7 @@ class AttentionLayer(nn.Module):
         Raises:
             ValueError: as :meth:`forward`.
         """
-        length = 0 if cache is None else cache.length
-        q, k, _ = self._project(x, context, rotation, query_scale, cache)
-        if cache is not None:
-            cache.truncate(length)
+        q, k, _ = self._project(x, context, rotation, query_scale, deepcopy(cache))
         return attention_weights(q, k, mask=mask, is_causal=is_causal, bias=bias, **self._form())
 
     def _form(self) -> dict[str, object]:
@@ -232,7 +245,7 @@ class AttentionLayer(nn.Module):
         query_scale: Float[Tensor, "#b n"] | None,
         cache: KVCache | None,
     ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b g m k"], Float[Tensor, "b g m v"]]:
-        """Make queries, keys and values, and give each head its own."""
+        """Make queries, keys and values, and give each head its own; remember the new tokens."""
         q = self._queries(x, rotation)
         if query_scale is not None:
             check_query_scale(query_scale, q)
@@ -247,7 +260,7 @@ class AttentionLayer(nn.Module):
         else:
             kept = self._kept(x if context is None else context, rotation)
             kept = kept if cache is None else cache.append(*kept)
-        return q, *self._keys_and_values(*kept)
+        return self._terms(q, *kept)
 
     def _queries(
         self, x: Float[Tensor, "b n d"], rotation: Callable[[Tensor], Tensor] | None
@@ -261,11 +274,15 @@ class AttentionLayer(nn.Module):
         """Make what has to be kept of each token, as tensors of shape (batch, ..., m, width)."""
         raise NotImplementedError
 
-    def _keys_and_values(
-        self, *kept: Tensor
-    ) -> tuple[Float[Tensor, "b g m k"], Float[Tensor, "b g m v"]]:
+    def _terms(
+        self, q: Tensor, *kept: Tensor
+    ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b g m k"], Float[Tensor, "b g m v"]]:
         """Make keys and values of what was kept: they are it, if a layer says nothing else."""
-        return kept
+        return q, *kept
+
+    def _output(self, y: Float[Tensor, "b h n v"], len_k: int) -> Float[Tensor, "b h n v"]:
+        """Make each head's values of what attention gave: they are it, if nothing else is said."""
+        return y
 
 
 class MultiHeadAttention(AttentionLayer):

@@ -22,6 +22,7 @@ AXES = {
     "d": Axis("numbers that describe one token between layers", "d_model", r"d_\text{model}"),
     "k": Axis("numbers in one query or one key", "head_dim", "d_k"),
     "v": Axis("numbers in one value", "v_head_dim", "d_v"),
+    "l": Axis("numbers in one latent of keys and values", "kv_lora_rank", "d_c"),
     "f": Axis("numbers between the two layers of a feed-forward", "d_ff", r"d_\text{ff}"),
     "e": Axis("experts of a mixture", "n_experts", "E"),
     "c": Axis("experts that one token is sent to", "top_k", r"k_\text{top}"),

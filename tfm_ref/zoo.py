@@ -589,7 +589,8 @@ def kv_cache_bytes(
 
     Args:
         model: the model, on any device, the meta device too.
-        length: tokens of the sequence; layers with a window remember no more than that.
+        length: tokens of the sequence; layers with a window remember no more than that, and
+            the first tokens that stay in sight.
         source_length: tokens of the source that a cross-attention looks at.
         bytes_per_number: 2 for bfloat16.
 
@@ -609,8 +610,8 @@ def kv_cache_bytes(
     stack = getattr(model, "decoder", None) or model.stack
     config, numbers = stack.config, 0
     for layer, block in enumerate(stack.blocks):
-        seen = min(length, config.window) if config.is_local(layer) else length
-        numbers += seen * block.attention.cache_width
+        limit = config.window + config.n_first if config.is_local(layer) else length
+        numbers += min(length, limit) * block.attention.cache_width
         if block.cross_attention is not None:
             numbers += source_length * block.cross_attention.cache_width
     return numbers * bytes_per_number

@@ -446,9 +446,13 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
                     placed(
                         rotary,
                         lambda scheme: PlainRotary(),
-                        latent(f"{backend}, {name}", 3, q_lora_rank=q_lora_rank, backend=backend),
+                        latent(f"{backend}, {name}", 3, **settings, backend=backend),
                     )
-                    for name, q_lora_rank in (("q_proj", None), ("q_lora_rank", 5))
+                    for name, settings in (
+                        ("q_proj", {"absorbed": False}),
+                        ("q_lora_rank", {"q_lora_rank": 5}),
+                        ("absorbed", {"absorbed": True}),
+                    )
                 ],
             )
         ],

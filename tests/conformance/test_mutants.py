@@ -27,7 +27,7 @@ class Mutant(NamedTuple):
 SOFTMAX = "return scores.softmax(-1)\n"
 FILL = "scores.masked_fill(~mask, -torch.inf).masked_fill(blind, 0.0)"
 ZERO = "_normalise(scores, sinks).masked_fill(~mask, 0.0)"
-WEIGH = 'einsum(weights, _share(v, q.shape[1]), "b h n m, b h m v -> b h n v")'
+WEIGH = 'einsum(weights, v, "b g r n m, b g m v -> b g r n v").flatten(1, 2)'
 SCALE = "q.shape[-1] ** -0.5 if scale is None else scale"
 CAUSAL = "(j <= i)[None, None]"
 ASKED = "if is_causal:"
@@ -39,6 +39,8 @@ KV = "self.k_proj(x), self.v_proj(x)"
 JOINED = "b h n v -> b n (h v)"
 TURNED = "(k if rotation is None else rotation(k)), v"
 SPLIT = "b n (h k) -> b h n k"
+ROOT = "(head_dim + rope_head_dim) ** -0.5 if scale is None else scale\n"
+UP = 'y, self._up()[1].flip(0), "b h n l, h v l'
 HEADS = "(self.n_heads, sum(widths))).transpose(1, 2)"
 ADDED = "allowed if bias is None else bias.masked_fill(~allowed, -torch.inf)"
 
@@ -47,9 +49,9 @@ MUTANTS = [
     for defect, check, old, new in [
         ("scale missing", "equation", SCALE, "1.0 if scale is None else scale"),
         ("scale by d, not by its root", "equation", "** -0.5", "** -1"),
-        ("keys taken for values", "equation", WEIGH, WEIGH.replace("(v,", "(k,")),
+        ("keys taken for values", "equation", WEIGH, WEIGH.replace("v,", "k,")),
         ("k and v swapped", "equation", KV, "self.v_proj(x), self.k_proj(x)"),
-        ("query heads share keys in turn", "equation", "b g m k -> b (g r)", "b g m k -> b (r g)"),
+        ("query heads share keys in turn", "equation", '(t, "b (g r) n', '(t, "b (r g) n'),
         ("heads split with a stride", "equation", SPLIT, SPLIT.replace("(h k)", "(k h)")),
         ("heads joined with a stride", "equation", JOINED, JOINED.replace("(h v)", "(v h)")),
         ("only queries turned", "equation", TURNED, "(k), v"),
@@ -57,6 +59,13 @@ MUTANTS = [
         ("the latent not normalised", "equation", "self.kv_a_norm(latent)", "latent"),
         ("the shared key not turned", "equation", "rotation(k_rope)", "k_rope"),
         ("scaled as if nothing turned", "equation", "self.scale}", "self.head_dim**-0.5}"),
+        ("scaled by the width of the latents", "equation", ROOT, "scale\n"),
+        (
+            "the average of latents is of values",
+            "equation",
+            'y, self._up()[1], "b h n l, h v l',
+            UP,
+        ),
         ("latent heads with a stride", "equation", HEADS, "(-1, self.n_heads)).movedim(-1, 1)"),
         ("pairings mixed", "equation", "interleaved: bool = False", "interleaved: bool = True"),
         ("one query takes the first angle", "chunks", "[:, None, -t.", "[:, None, : t."),
