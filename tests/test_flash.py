@@ -45,8 +45,7 @@ def test_invariant_at_each_step(block):
 
 def test_by_hand():
     """Scores 0 and log 3: the second shrinks the first to a third, so weights 1/4 and 3/4."""
-    scores = torch.tensor([[0.0, 3.0]]).log1p().mul(torch.tensor([1.0, 3**0.5])) * 0
-    scores[0, 1] = torch.tensor(3.0).log()
+    scores = torch.tensor([[1.0, 3.0]]).log()
     first, second = online_softmax(scores, torch.tensor([[4.0], [8.0]]))
     assert_close((first.top, first.total, first.mixed), (t := torch.zeros(1, 1), t + 1, t + 4))
     assert_close((second.total, second.mixed), (t + 4 / 3, t + 4 / 3 + 8))
@@ -118,7 +117,7 @@ def test_gradient_through_the_log_sum_exp(device):
     mask = padding_mask(torch.tensor([3], device=device), 5).repeat(1, 1, 5, 1)
     mask[:, :, 2] = False
     for sink in None, sinks:
-        y, lse = tiled_attention(
+        _, lse = tiled_attention(
             q, k, v.to(device), mask=mask, sinks=sink, **SMALL, return_lse=True
         )
         scores = (q @ k.mT / 2).masked_fill(~mask, -torch.inf)
@@ -175,7 +174,7 @@ def test_meta_device():
 
 def test_no_gradient_of_the_gradient():
     q = draw(1, 1, 3, 2).requires_grad_()
-    (dq,) = torch.autograd.grad(tiled_attention(q, q, q).sum(), q, create_graph=True)
+    (dq,) = torch.autograd.grad(tiled_attention(q, q, q).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
 
@@ -209,7 +208,7 @@ def watched(attend, n, **terms):
 @pytest.mark.parametrize("terms", [{}, {"is_causal": True}, {"window": 32}, {"softcap": 9.0}])
 def test_memory_is_linear(terms):
     """Nothing is as large as the n × m scores: twice the length, at most twice the memory."""
-    blocked = partial(tiled_attention, block_q=16, block_k=16)
+    blocked = partial(tiled_attention, block_q=32, block_k=32)
     small, large = (watched(blocked, n, **terms).numel for n in (512, 1024))
     assert large <= 2 * small
     assert large < 2 * 1024 * 1024 / 100
