@@ -8,7 +8,14 @@ from time import process_time
 import torch
 from torch import nn
 
-from tfm_ref import MoELayer, MultiHeadAttention, causal_mask
+from tfm_ref import (
+    MoELayer,
+    MultiHeadAttention,
+    causal_mask,
+    fused_attention,
+    scaled_dot_product_attention,
+    tiled_attention,
+)
 
 
 def speedup(ours, *others, rounds=5):
@@ -34,6 +41,15 @@ def multi_head_attention(length):
     fused = partial(theirs, need_weights=False)
     with torch.no_grad():
         return speedup(partial(ours, x, is_causal=True), theirs, fused)
+
+
+def tiled():
+    """Measure tiles against the naive form, and PyTorch's kernel: 8 heads of 64, N = 1,024."""
+    torch.set_num_threads(1)
+    q, k, v = torch.randn(3, 1, 8, 1024, 64)
+    runs = tiled_attention, scaled_dot_product_attention, fused_attention
+    with torch.no_grad():
+        return speedup(*(partial(run, q, k, v, is_causal=True) for run in runs))
 
 
 def mixture_of_experts():

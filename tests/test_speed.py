@@ -28,6 +28,17 @@ def test_multi_head_attention_against_torch_module(length, least):
     assert gain >= least
 
 
+def test_tiles_against_the_naive_form():
+    """Causal, float32, N = 1,024, forward."""
+    for _ in range(3):  # a busy machine may spoil a measurement
+        gain, fused = fresh(stopwatch.tiled)
+        if gain >= 2.0:
+            break
+    what = "scaled_dot_product_attention / tiled_attention, causal, N = 1024"
+    print(f"\n{what}: {gain:.2f} (at least 2.0); PyTorch's kernel: {fused:.2f}")
+    assert gain >= 2.0
+
+
 def test_mixture_of_experts_against_its_loop():
     """Narrow experts (64), where it matters: of wide ones the products take nearly all time."""
     least = {((8, 2), 1024, True): 1.1, ((64, 8), 1024, True): 1.4}

@@ -7,8 +7,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from einops import rearrange
@@ -24,6 +25,7 @@ MODULES = (
     "masks",
     "attention",
     "cache",
+    "flash",
     "multi_head",
     "positions",
     "rotary",
@@ -31,6 +33,9 @@ MODULES = (
     "latent",
 )
 """The modules of tfm_ref under test, each after those that it imports."""
+
+TILES = {"block_q": 2, "block_k": 3}
+"""Tiles so small that sequences of a few tokens have several, the last ones ragged."""
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 TRAITS = {"cross", "mask", "bias", "scale", "weights", "unordered", "whole", *DTYPES}
@@ -112,6 +117,19 @@ def same_projections(model: nn.Module, a: "Implementation") -> nn.Module:
     """Put the naive equation between the model's own projections."""
     projections = {name: getattr(model, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     return Projected(naive, naive_weights, a.n_heads, a.n_kv_heads or a.n_heads, **projections)
+
+
+def in_small_tiles(layer: type[nn.Module], backends: dict[str, Callable]) -> type[nn.Module]:
+    """Make a class of layers that computes in TILES where its backend is "tiled"."""
+    small = partial(backends["tiled"], **TILES)
+
+    class InSmallTiles(layer):
+        @wraps(layer.forward)
+        def forward(self, *args, **terms):
+            with patch.dict(backends, tiled=small):
+                return super().forward(*args, **terms)
+
+    return InSmallTiles
 
 
 class PlainModern(nn.Module):
@@ -358,7 +376,11 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
     """List what the suite tests: the attention of the package, or of mutants of its MODULES."""
     attention, multi_head = package.attention, package.multi_head
     pad, weights = package.masks.padding_mask, attention.attention_weights
-    one, several = attention.SelfAttention, multi_head.MultiHeadAttention
+    one, several, mla = (
+        attention.SelfAttention,
+        in_small_tiles(multi_head.MultiHeadAttention, multi_head.BACKENDS),
+        in_small_tiles(package.latent.LatentAttention, multi_head.BACKENDS),
+    )
     alone, free = frozenset({"cross", "bias", "scale"}), {"head_dim": 5, "v_head_dim": 2}
 
     def heads(name: str, n_heads: int, **settings) -> Implementation:
@@ -382,7 +404,7 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
         return replace(
             heads(name, n_heads),
             name=f"LatentAttention({name})",
-            build=lambda: package.latent.LatentAttention(d_model=D_MODEL, n_heads=n_heads, **sizes),
+            build=lambda: mla(d_model=D_MODEL, n_heads=n_heads, **sizes),
             equation=PlainLatent,
         )
 
@@ -415,13 +437,15 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
         *[
             Implementation(
                 attend.__name__,
-                lambda attend=attend: project(attend, weights),
+                lambda attend=attend, sizes=TILES if name == "tiled" else {}: project(
+                    partial(attend, **sizes), weights
+                ),
                 pad,
                 n_heads=4,
                 n_kv_heads=2,
                 decodes=(by_context,),
             )
-            for attend in multi_head.BACKENDS.values()
+            for name, attend in multi_head.BACKENDS.items()
         ],
         *[
             implementation
@@ -434,9 +458,14 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
         ],
         modern("sdpa, QK-norm, sinks"),
         modern("naive, QK-norm, sinks, softcap", softcap=1.5),
+        modern("tiled, QK-norm, sinks, softcap", softcap=1.5, backend="tiled"),
         placed(rotary, lambda scheme: PlainRotary(), heads("", 4, n_kv_heads=2, head_dim=4)),
         placed(alibi, partial(PlainBias, number=of_alibi), heads("", 4, head_dim=3)),
         placed(t5, partial(PlainBias, number=of_t5), heads("", 4, head_dim=3, backend="naive")),
+        placed(
+            alibi, partial(PlainBias, number=of_alibi), heads("tiled", 4, backend="tiled", **free)
+        ),
+        placed(t5, partial(PlainBias, number=of_t5), heads("tiled", 4, backend="tiled", **free)),
         *[
             implementation
             for backend in multi_head.BACKENDS
