@@ -88,9 +88,15 @@ def test_output_lse_and_gradients(shape, device):
     masks = [None, *((draw(*s) > -0.3).to(device) for s in ((2, h, n, m), (1, 1, n, m)))]
     biases = [None, *(inputs(*s, seed=4) for s in ((2, h, n, m), (1, h, 1, m), (2, 1, n, 1)))]
     sinks = [None, inputs(h, seed=5)]
-    options = itertools.product(masks, biases, sinks, (False, True), (None, 1.3), (None, 2))
+    options = itertools.product(masks, biases, sinks, (False, True), (None, 1.3), (None, 2, 5))
     for mask, bias, sink, is_causal, softcap, window in options:
-        form = {"is_causal": is_causal, "bias": bias, "softcap": softcap, "sinks": sink}
+        form = {
+            "is_causal": is_causal,
+            "bias": bias,
+            "softcap": softcap,
+            "sinks": sink,
+            "scale": 0.3,
+        }
         seen = mask
         if window is not None:
             seen = sliding_window_mask(n, m, window=window, device=device)
@@ -98,7 +104,7 @@ def test_output_lse_and_gradients(shape, device):
         expected = scaled_dot_product_attention(q, k, v, mask=seen, **form)
         kept = attention_weights(q, k, mask=seen, **form).sum(-1)
         y, lse = tiled_attention(
-            q, k, v, mask=mask, window=window, scale=5**-0.5, **form, **SMALL, return_lse=True
+            q, k, v, mask=mask, window=window, **form, **SMALL, return_lse=True
         )
         assert_close(y, expected)
         if sink is not None:  # what the sink has left over: 1 - e^(sink - L)
