@@ -440,6 +440,10 @@ def test_the_layers_of_switch():
     assert [layer for layer in range(2) if config.has_experts(layer)] == [1]
     every = {"num_sparse_encoder_layers": 4, "num_sparse_decoder_layers": 2}
     assert config_from_hf(settings | every).d_ff is None
+    third = {"num_layers": 6, "num_decoder_layers": 3}
+    third = config_from_hf(settings | third | {"num_sparse_encoder_layers": 2})
+    assert [layer for layer in range(6) if third.encoder.has_experts(layer)] == [1, 4]
+    assert (third.experts.noise, third.experts.capacity) == (0.01, 64)
     alike = {"num_decoder_layers": None, "num_sparse_decoder_layers": 2}
     assert config_from_hf(settings | alike).n_layers == 4
     for other, steps in (

@@ -160,6 +160,14 @@ def test_layers_without_a_window_may_know_no_positions():
         assert torch.allclose(last, model(ids(N)[:, order])[:, -1]) == same
 
 
+def test_layers_with_a_window_know_their_positions_all_the_same():
+    config = replace(DECODER, window=3, global_every=2)
+    both, one = made(config), made(replace(config, global_positions=False))
+    states, expected = one.hidden_states(ids(N)), both.hidden_states(ids(N))
+    assert torch.equal(states[1], expected[1])
+    assert not torch.allclose(states[2], expected[2], atol=1e-3)
+
+
 def test_layers_without_a_window_may_scale_late_queries():
     """From position 3 on, in layers 2 and 4 of 4; where nothing has a window, in all."""
     config = replace(DECODER, n_layers=4, window=2, global_every=2)
