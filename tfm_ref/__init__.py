@@ -30,12 +30,14 @@ from tfm_ref.data import (
     read_pairs,
     unseen_pattern,
 )
+from tfm_ref.decode_triton import decode_attention
 from tfm_ref.expert_parallel import (
     ExpertParallel,
     bytes_sent,
     expert_shares,
     whole_state_dict,
 )
+from tfm_ref.flash_triton import triton_attention
 from tfm_ref.generation import (
     Hypotheses,
     beam_search,
@@ -156,6 +158,7 @@ __all__ = [
     "config_from_hf",
     "corpus",
     "count_parameters",
+    "decode_attention",
     "english_japanese",
     "expert_shares",
     "fit",
@@ -197,6 +200,7 @@ __all__ = [
     "top_k_filter",
     "top_p_filter",
     "train_bpe",
+    "triton_attention",
     "unseen_pattern",
     "whole_state_dict",
     "z_loss",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tfm_ref.attention import attention_weights, scaled_dot_product_attention
 from tfm_ref.cache import KVCache
+from tfm_ref.flash_triton import triton_attention
 from tfm_ref.masks import causal_mask
 from tfm_ref.validation import (
     check_bias,
@@ -93,7 +94,11 @@ def fused_attention(
     return y if blind is None else y.masked_fill(blind, 0.0)
 
 
-BACKENDS = {"naive": scaled_dot_product_attention, "sdpa": fused_attention}
+BACKENDS = {
+    "naive": scaled_dot_product_attention,
+    "sdpa": fused_attention,
+    "triton": triton_attention,
+}
 """The ways to compute one and the same attention, by name."""
 
 
@@ -244,14 +249,16 @@ class MultiHeadAttention(AttentionLayer):
         softcap: bends the scaled scores into (-softcap, softcap); only with "naive".
         sinks: learn one score per head that takes its share of each softmax and gives nothing.
         dropout: probability with which a weight is set to 0 in training.
-        backend: how to compute, "sdpa" (PyTorch's fused kernels) or "naive" (as it is written in
-            the equation); the result is the same. "sdpa" if not given, but with softcap "naive".
+        backend: how to compute, "sdpa" (PyTorch's fused kernels), "naive" (as it is written in
+            the equation) or "triton" (our kernels for the GPU, which have no mask, bias, sinks,
+            dropout or v_head_dim); the result is the same. "sdpa" if not given, but with softcap
+            "naive".
 
     Raises:
         ValueError: if a size is not an integer of at least 1, n_heads is no multiple of
             n_kv_heads, head_dim is not given and n_heads does not divide d_model, dropout does
-            not lie in 0 ≤ dropout < 1, softcap is not above 0 or meets "sdpa", or bias or backend
-            is unknown.
+            not lie in 0 ≤ dropout < 1, softcap is not above 0 or meets "sdpa" or "triton", or bias
+            or backend is unknown.
 
     Reference:
         Vaswani et al. 2017, "Attention Is All You Need", section 3.2.2; Shazeer 2019, "Fast
@@ -310,8 +317,8 @@ class MultiHeadAttention(AttentionLayer):
         check_choice("backend", backend, BACKENDS)
         if softcap is not None:
             check_softcap(softcap)
-            if backend == "sdpa":
-                raise ValueError(f'softcap ({softcap}) needs backend "naive"; got "sdpa"')
+            if backend in ("sdpa", "triton"):
+                raise ValueError(f'softcap ({softcap}) needs backend "naive"; got "{backend}"')
         self.scale, self.softcap = scale, softcap
         self.dropout, self.backend = dropout, backend
 
