@@ -1,6 +1,8 @@
 """What all tests share. Loaded before anything imports tfm_ref."""
 
 import os
+import sys
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 
 import jaxtyping
@@ -14,6 +16,22 @@ if find_spec("beartype"):
         "tfm_ref", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
     )
 pytest.register_assert_rewrite("conformance.checks")
+
+
+class KernelFinder:
+    """Load kernels without checks of annotations: Triton compiles them from their source."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        kernels = name.startswith("tfm_ref.") and name.endswith("_kernels")
+        return PathFinder.find_spec(name, path, target) if kernels else None
+
+
+sys.meta_path.insert(0, KernelFinder)
+
+# Triton runs its kernels on the CPU if it is told so before it is imported.
+if os.environ.get("TFM_REF_DEVICE", "cpu") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Examples are the same in every run, and a busy machine fails none of them.
 if find_spec("hypothesis"):

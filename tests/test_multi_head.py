@@ -17,10 +17,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from tfm_ref import MultiHeadAttention, SelfAttention, causal_mask, padding_mask
-from tfm_ref.multi_head import BACKENDS, LACKS, fused_attention
+from tfm_ref.multi_head import BACKENDS as ALL_BACKENDS
+from tfm_ref.multi_head import LACKS, fused_attention
 
 B, N, M, H, D = 3, 5, 7, 2, 8
-DROPPING = [name for name in BACKENDS if LACKS.get(name) != "dropout"]
+# Those that know masks and biases; for "triton" see tests/test_flash_triton.py.
+BACKENDS = {name: attend for name, attend in ALL_BACKENDS.items() if name != "triton"}
+DROPPING = [name for name in BACKENDS if "dropout" not in LACKS.get(name, ())]
 
 
 # --- against nn.MultiheadAttention
@@ -375,11 +378,14 @@ def test_fused_equals_torch_where_torch_agrees(device):
         ({"bias": ["q"]}, "bias must be True, False or letters of \"qkvo\"; got ['q']"),
         ({"dropout": 1.0}, "dropout must lie in 0 <= dropout < 1; got 1.0"),
         ({"dropout": -0.1}, "dropout must lie in 0 <= dropout < 1; got -0.1"),
-        ({"backend": "fast"}, 'backend must be one of naive, tiled, sdpa; got "fast"'),
-        (
-            {"dropout": 0.1, "backend": "tiled"},
-            'dropout (0.1) needs backend "naive" or "sdpa"; got "tiled"',
-        ),
+        ({"backend": "fast"}, 'backend must be one of naive, tiled, sdpa, triton; got "fast"'),
+        *[
+            (
+                {"dropout": 0.1, "backend": backend},
+                f'dropout (0.1) needs backend "naive" or "sdpa"; got "{backend}"',
+            )
+            for backend in ("tiled", "triton")
+        ],
         *[
             ({name: size}, f"{name} must be an integer of at least 1; got {size}")
             for name, size in product(

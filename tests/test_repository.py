@@ -143,7 +143,9 @@ def test_every_paper_that_is_linked_is_in_the_bibliography():
 
 
 def test_every_module_is_on_the_api_page():
+    """But for kernels, which need Triton to be imported: those who call them have a place."""
     modules = {f"tfm_ref.{path.stem}" for path in (ROOT / "tfm_ref").glob("[!_]*.py")}
+    modules = {name for name in modules if not name.endswith("_kernels")}
     page = (ROOT / "book/api.md").read_text("utf-8")
     assert set(re.findall(r"automodule:: (\S+)", page)) == modules
 

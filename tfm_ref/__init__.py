@@ -37,6 +37,7 @@ from tfm_ref.data import (
     read_pairs,
     unseen_pattern,
 )
+from tfm_ref.decode_triton import decode_attention
 from tfm_ref.expert_parallel import (
     ExpertParallel,
     bytes_sent,
@@ -44,6 +45,7 @@ from tfm_ref.expert_parallel import (
     whole_state_dict,
 )
 from tfm_ref.flash import PartialSoftmax, merge, online_softmax, tiled_attention
+from tfm_ref.flash_triton import triton_attention
 from tfm_ref.generation import (
     Hypotheses,
     beam_search,
@@ -163,6 +165,7 @@ __all__ = [
     "config_from_hf",
     "corpus",
     "count_parameters",
+    "decode_attention",
     "english_japanese",
     "expert_shares",
     "fit",
@@ -207,6 +210,7 @@ __all__ = [
     "top_k_filter",
     "top_p_filter",
     "train_bpe",
+    "triton_attention",
     "unseen_pattern",
     "whole_state_dict",
     "z_loss",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tfm_ref.attention import attention_weights, scaled_dot_product_attention
 from tfm_ref.cache import KVCache
 from tfm_ref.flash import tiled_attention
+from tfm_ref.flash_triton import triton_attention
 from tfm_ref.masks import causal_mask
 from tfm_ref.validation import (
     check_bias,
@@ -116,10 +117,11 @@ BACKENDS = {
     "naive": scaled_dot_product_attention,
     "tiled": tiled_attention,
     "sdpa": fused_attention,
+    "triton": triton_attention,
 }
 """The ways to compute one and the same attention, by name."""
 
-LACKS = {"tiled": "dropout", "sdpa": "softcap"}
+LACKS = {"tiled": {"dropout"}, "sdpa": {"softcap"}, "triton": {"dropout", "softcap"}}
 """What a way to compute cannot do."""
 
 
@@ -142,10 +144,10 @@ def check_backend(backend: str, *, dropout: float = 0.0, softcap: float | None =
     """
     check_choice("backend", backend, BACKENDS)
     asked = {"dropout": dropout or None, "softcap": softcap}
-    lacking = LACKS.get(backend)
-    if asked.get(lacking) is not None:
-        able = " or ".join(f'"{name}"' for name in BACKENDS if LACKS.get(name) != lacking)
-        raise ValueError(f'{lacking} ({asked[lacking]}) needs backend {able}; got "{backend}"')
+    for what in sorted(LACKS.get(backend, ())):
+        if asked[what] is not None:
+            able = " or ".join(f'"{name}"' for name in BACKENDS if what not in LACKS.get(name, ()))
+            raise ValueError(f'{what} ({asked[what]}) needs backend {able}; got "{backend}"')
 
 
 class AttentionLayer(nn.Module):
@@ -302,12 +304,15 @@ class MultiHeadAttention(AttentionLayer):
         qk_norm: makes a norm when called with head_dim, one for the queries and one for the keys
             of all heads; they are not normalised if not given.
         scale: factor of the dot products; 1/√head_dim if not given.
-        softcap: bends the scaled scores into (-softcap, softcap); not with "sdpa".
+        softcap: bends the scaled scores into (-softcap, softcap); not with "sdpa" or
+            "triton".
         sinks: learn one score per head that takes its share of each softmax and gives nothing.
-        dropout: probability with which a weight is set to 0 in training; not with "tiled".
+        dropout: probability with which a weight is set to 0 in training; not with "tiled" or
+            "triton".
         backend: how to compute, "sdpa" (PyTorch's fused kernels), "tiled" (FlashAttention in plain
-            PyTorch) or "naive" (as it is written in the equation); the result is the same.
-            "sdpa" if not given, but with softcap "naive".
+            PyTorch), "naive" (as it is written in the equation) or "triton" (our kernels for the
+            GPU, which take no mask, bias, sinks or v_head_dim); the result is the same. "sdpa" if
+            not given, but with softcap "naive".
 
     Raises:
         ValueError: if a size is not an integer of at least 1, n_heads is no multiple of

@@ -39,6 +39,7 @@ def checks_for(a: Implementation) -> list[Callable]:
 @needs()
 def check_equation(a):
     """Output and gradients are those of the equation, whatever joins in, batch = heads, too."""
+    close = {} if a.dtypes[0] == torch.float64 else {"rtol": 1e-4, "atol": 3e-4}
     for batch, length in (1, 1), (3, 4), (4, 4):
         shape = batch, a.n_heads, length, length
         options = [{}, {"is_causal": True}]
@@ -55,7 +56,7 @@ def check_equation(a):
         model, x = a.model(), a.tokens(batch, length)
         for terms in options:
             expected = values_and_gradients(a.oracle(model), x, **terms)
-            assert_close(values_and_gradients(model, x, **terms), expected)
+            assert_close(values_and_gradients(model, x, **terms), expected, **close)
 
 
 @needs("weights")

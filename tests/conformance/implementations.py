@@ -38,6 +38,9 @@ TILES = {"block_q": 2, "block_k": 3}
 """Tiles so small that sequences of a few tokens have several, the last ones ragged."""
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+GENERAL = ("naive", "tiled", "sdpa")
+"""The backends that know masks and biases."""
+
 TRAITS = {"cross", "mask", "bias", "scale", "weights", "unordered", "whole", *DTYPES}
 """What an implementation may lack; a check names those that it needs."""
 
@@ -312,7 +315,8 @@ class Implementation:
     """One way to compute attention, and how to ask it.
 
     ``build`` makes a module that is called with ``x``, in cross-attention also ``context``, and
-    with ``mask``, ``is_causal``, ``bias`` and ``scale``; ``lacks`` names what it cannot do.
+    with ``mask``, ``is_causal``, ``bias`` and ``scale``; ``lacks`` names what it cannot do, and
+    ``refuses`` what of that its signature has all the same.
     ``far`` is how far a shift of all positions may move a number, since angles are float32.
     ``equation`` gives the equation with the module's weights; ``decodes`` are the ways to run a
     sequence in chunks.
@@ -328,6 +332,7 @@ class Implementation:
     n_heads: int = 1
     n_kv_heads: int | None = None
     lacks: frozenset[str] = frozenset()
+    refuses: frozenset[str] = frozenset()
     equation: Callable[[nn.Module, "Implementation"], nn.Module] = same_projections
     decodes: tuple[Callable[[nn.Module, Tensor, list[int]], Iterator[Tensor]], ...] = (by_prefix,)
     far: float = 1e-7
@@ -399,6 +404,13 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
         inner = heads(name, 4, n_kv_heads=2, **free, **settings)
         return replace(inner, lacks=inner.lacks | {"whole"}, equation=PlainModern)
 
+    def triton(name: str, n_heads: int, **settings) -> Implementation:
+        """No terms but the causal mask; and in its interpreter, on the CPU, no bfloat16."""
+        inner = heads(f"triton, {name}", n_heads, backend="triton", **settings)
+        refuses = {"mask", "bias", "float64", "bfloat16"}
+        lacks, refused = inner.lacks | refuses, frozenset({"mask", "bias"})
+        return replace(inner, lacks=lacks, refuses=refused, far=1e-5)  # far: of float32
+
     def latent(name: str, n_heads: int, **settings) -> Implementation:
         sizes = {"head_dim": 3, "rope_head_dim": 4, "v_head_dim": 5, "kv_lora_rank": 4, **settings}
         return replace(
@@ -445,17 +457,20 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
                 n_kv_heads=2,
                 decodes=(by_context,),
             )
-            for name, attend in multi_head.BACKENDS.items()
+            for name in GENERAL
+            for attend in [multi_head.BACKENDS[name]]
         ],
         *[
             implementation
-            for backend in multi_head.BACKENDS
+            for backend in GENERAL
             for implementation in (
                 heads(f"{backend}, MHA", 3, backend=backend),
                 heads(f"{backend}, GQA, bias", 4, n_kv_heads=2, bias=True, **free, backend=backend),
                 heads(f"{backend}, MQA, qkv bias", 2, n_kv_heads=1, bias="qkv", backend=backend),
             )
         ],
+        triton("GQA, bias", 4, n_kv_heads=2, bias=True, head_dim=5),
+        triton("MQA, qkv bias", 2, n_kv_heads=1, bias="qkv"),
         modern("sdpa, QK-norm, sinks"),
         modern("naive, QK-norm, sinks, softcap", softcap=1.5),
         modern("tiled, QK-norm, sinks, softcap", softcap=1.5, backend="tiled"),
@@ -468,7 +483,7 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
         placed(t5, partial(PlainBias, number=of_t5), heads("tiled", 4, backend="tiled", **free)),
         *[
             implementation
-            for backend in multi_head.BACKENDS
+            for backend in GENERAL
             for implementation in (
                 latent(f"{backend}, bias", 2, q_lora_rank=5, bias=True, backend=backend),
                 *[

@@ -40,4 +40,4 @@ def test_only_what_is_not_offered_is_left_out(implementation):
     if not hasattr(model, "attention_weights"):
         lacks.add("weights")
     assert implementation.lacks <= TRAITS
-    assert implementation.lacks - {"unordered", "whole", *DTYPES} == lacks
+    assert implementation.lacks - {"unordered", "whole", *DTYPES} == lacks | implementation.refuses
