@@ -223,8 +223,8 @@ class RollingCache(KVCache):
         if self.n_first < length < least and self.n_first < self._lost:
             raise ValueError(
                 f"the cache has forgotten tokens {self.n_first} to {self._lost - 1}, and its "
-                f"window is {self.window}: the length must be at most {self.n_first} or at least {least}; "
-                f"got {length}"
+                f"window is {self.window}: the length must be at most {self.n_first} or at least "
+                f"{least}; got {length}"
             )
 
     def truncate(self, length: int) -> None:
