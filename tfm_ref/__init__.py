@@ -16,7 +16,7 @@ from tfm_ref.balance import (
 from tfm_ref.cache import KVCache, RollingCache, StackCache
 from tfm_ref.claims import attempt, check, refute
 from tfm_ref.config import Experts, Latent, TransformerConfig
-from tfm_ref.convert import config_from_hf, from_hf, load_safetensors, to_hf
+from tfm_ref.convert import config_from_hf, from_hf, load_safetensors, pool_kv_heads, to_hf
 from tfm_ref.data import (
     Pair,
     Split,
@@ -179,6 +179,7 @@ __all__ = [
     "noam_lr",
     "padding_mask",
     "padding_share",
+    "pool_kv_heads",
     "pooled_loss",
     "prefix_mask",
     "progress",
