@@ -63,9 +63,9 @@ def greedy(
         ValueError: if the model is no decoder or in training mode, whose dropout would spoil the
             text; if it is an encoder-decoder without a source, or has a source or its mask and is
             none; if tokens, stop or pad are no numbers of the vocabulary; if a mask does not fit
-            its tokens, has a row without a token, or (that of the prompt) pads on the right; if
-            max_new_tokens is not an integer of at least 1, or a row exceeds the room of learned
-            positions.
+            its tokens, has a row without a token, or (that of the prompt) pads on the right, or
+            pads at all where a window keeps first tokens (n_first); if max_new_tokens is
+            not an integer of at least 1, or a row exceeds the room of learned positions.
 
     Example:
         >>> from tfm_ref import TransformerConfig, build
