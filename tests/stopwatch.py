@@ -12,7 +12,9 @@ from tfm_ref import (
     MoELayer,
     MultiHeadAttention,
     causal_mask,
+    from_hf,
     fused_attention,
+    greedy,
     scaled_dot_product_attention,
     tiled_attention,
 )
@@ -78,4 +80,49 @@ def mixture_of_experts():
                     layer.zero_grad()
 
         (gains[cell],) = speedup(*(partial(run, layer) for layer in layers))
+    return gains
+
+
+def generation():
+    """Measure greedy generation by a small GPT-2, with a cache: their ``generate``, and ours.
+
+    64 new tokens, by batch and length of the prompt; and ours without a cache, by number of new
+    tokens after a prompt of 16.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel  # slow to import
+
+    torch.set_num_threads(1)
+    sizes = {"vocab_size": 1000, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 512}
+    ends = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, **ends)).eval()
+    ours = from_hf(theirs.state_dict(), theirs.config.to_dict())
+    against_theirs, against_none = {}, {}
+    for batch, length in product((1, 8), (16, 128)):
+        prompt = torch.randint(0, 1000, (batch, length))
+        run = partial(greedy, ours, prompt, max_new_tokens=64)
+        fixed = {"max_new_tokens": 64, "do_sample": False, "attention_mask": prompt >= 0}
+        their_run = partial(theirs.generate, prompt, **fixed)
+        assert torch.equal(run(), their_run()[:, length:])
+        (against_theirs[batch, length],) = speedup(run, their_run)
+    for new in 128, 496:
+        run = partial(greedy, ours, torch.randint(0, 1000, (1, 16)), max_new_tokens=new)
+        (against_none[new],) = speedup(run, partial(run, use_cache=False), rounds=1)
+    return against_theirs, against_none
+
+
+def grouped_decoding():
+    """Measure one query over keys shared by groups of 4: ``enable_gqa``, and ours, by length."""
+    torch.set_num_threads(1)
+    gains = {}
+    for length in 512, 2048:
+        q, k, v = torch.randn(1, 32, 1, 64), *torch.randn(2, 1, 8, length, 64)
+        fused = partial(nn.functional.scaled_dot_product_attention, q, k, v, enable_gqa=True)
+
+        def repeated(run):
+            with torch.no_grad():
+                for _ in range(100):
+                    run()
+
+        runs = partial(fused_attention, q, k, v), fused
+        (gains[length],) = speedup(*(partial(repeated, run) for run in runs))
     return gains

@@ -223,6 +223,21 @@ def test_each_step_computes_only_what_is_new(method):
         assert set(heads) == {1}
 
 
+def test_first_tokens_that_are_padding_are_refused():
+    """A window that keeps the first tokens in sight would keep padding; without it, all is well."""
+    model = made(replace(DECODER, window=3, n_first=2))
+    prompt, mask = ids(4), torch.ones(B, 4, dtype=torch.bool)
+    whole = [
+        greedy(model, prompt, max_new_tokens=T, prompt_mask=m, use_cache=cached)
+        for m, cached in ((None, True), (mask, True), (None, False))
+    ]
+    assert torch.equal(whole[0], whole[1])
+    assert torch.equal(whole[0], whole[2])
+    mask[0, 0] = False
+    with pytest.raises(ValueError, match=r"n_first \(2\) needs prompts without .* got 1 places"):
+        greedy(model, prompt, max_new_tokens=T, prompt_mask=mask)
+
+
 def test_decoding_from_the_padding():
     """Padded on the right, a prompt would be continued from its padding: with other tokens.
 

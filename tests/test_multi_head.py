@@ -17,6 +17,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from tfm_ref import MultiHeadAttention, SelfAttention, causal_mask, padding_mask
+from tfm_ref.attention import scaled_dot_product_attention
 from tfm_ref.multi_head import BACKENDS as ALL_BACKENDS
 from tfm_ref.multi_head import LACKS, fused_attention
 
@@ -431,3 +432,39 @@ def test_a_mask_of_batch_and_lengths_is_refused(shape):
     attention, x = MultiHeadAttention(d_model=8, n_heads=4), draw(4, 4, 8)
     with pytest.raises(ValueError, match="mask must have 4 axes"):
         attention(x, mask=torch.ones(shape, dtype=torch.bool))
+
+
+# --- a group of queries folded into one head
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_folded_queries_give_the_same(is_causal, with_mask, with_bias, n):
+    """Few queries over shared keys: masks of every shape, a bias, a query that sees nothing."""
+    q, k, v = draw(2, 6, n, 4), draw(2, 2, 9, 4, seed=1), draw(2, 2, 9, 4, seed=2)
+    for shape in (2, 6, n, 9), (2, 1, 1, 9), (1, 1, n, 9), (1, 6, 1, 9), (1, 1, 1, 1):
+        mask = draw(*shape, seed=3) > 0
+        terms = {"is_causal": is_causal, "mask": mask if with_mask else None}
+        terms["bias"] = draw(*shape, seed=4) if with_bias else None
+        terms["sinks"] = draw(6, seed=5) if with_bias else None
+        expected = scaled_dot_product_attention(q, k, v, **terms)
+        assert_close(fused_attention(q, k, v, **terms), expected)
+
+
+@pytest.mark.parametrize(("n", "folds"), [(1, True), (3, True), (4, False)])
+def test_few_queries_are_folded(n, folds, monkeypatch):
+    """Up to as many as there are keys; what the kernel gets is no copy of these."""
+    seen = []
+    kernel = F.scaled_dot_product_attention
+
+    def spy(q, k, v, **terms):
+        seen.append((q.shape, k.data_ptr(), terms["enable_gqa"]))
+        return kernel(q, k, v, **terms)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    q, (k, v) = draw(1, 6, n, 4), draw(2, 1, 2, 9, 4)
+    fused_attention(q, k, v)
+    shape = (1, 2, 3 * n, 4) if folds else (1, 6, n, 4)
+    assert seen == [(shape, k.data_ptr(), not folds)]

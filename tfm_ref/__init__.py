@@ -23,7 +23,7 @@ from tfm_ref.checkpoints import (
 )
 from tfm_ref.claims import attempt, check, refute
 from tfm_ref.config import Experts, Latent, TransformerConfig
-from tfm_ref.convert import config_from_hf, from_hf, load_safetensors, to_hf
+from tfm_ref.convert import config_from_hf, from_hf, load_safetensors, pool_kv_heads, to_hf
 from tfm_ref.data import (
     Pair,
     Split,
@@ -190,6 +190,7 @@ __all__ = [
     "online_softmax",
     "padding_mask",
     "padding_share",
+    "pool_kv_heads",
     "pooled_loss",
     "prefix_mask",
     "progress",

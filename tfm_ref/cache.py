@@ -51,7 +51,7 @@ class KVCache:
         """
         n = self._check(new)
         for room, t in zip(self._room, new, strict=True):
-            room[..., self.length : self.length + n, :] = t
+            room.narrow(-2, self.length, n).copy_(t)
         self.length += n
         return self.tensors
 
@@ -85,7 +85,7 @@ class KVCache:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Give the tensors of all tokens so far."""
-        return tuple(room[..., : self.length, :] for room in self._room)
+        return tuple(room.narrow(-2, 0, min(self.length, room.shape[-2])) for room in self._room)
 
     @property
     def n_bytes(self) -> int:
@@ -223,8 +223,8 @@ class RollingCache(KVCache):
         if self.n_first < length < least and self.n_first < self._lost:
             raise ValueError(
                 f"the cache has forgotten tokens {self.n_first} to {self._lost - 1}, and its "
-                f"window is {self.window}: the length must be at most {self.n_first} or at "
-                f"least {least}; got {length}"
+                f"window is {self.window}: the length must be at most {self.n_first} or at least "
+                f"{least}; got {length}"
             )
 
     def truncate(self, length: int) -> None:

@@ -63,9 +63,9 @@ def greedy(
         ValueError: if the model is no decoder or in training mode, whose dropout would spoil the
             text; if it is an encoder-decoder without a source, or has a source or its mask and is
             none; if tokens, stop or pad are no numbers of the vocabulary; if a mask does not fit
-            its tokens, has a row without a token, or (that of the prompt) pads on the right; if
-            max_new_tokens is not an integer of at least 1, or a row exceeds the room of learned
-            positions.
+            its tokens, has a row without a token, or (that of the prompt) pads on the right, or
+            pads at all where a window keeps first tokens (n_first); if max_new_tokens is
+            not an integer of at least 1, or a row exceeds the room of learned positions.
 
     Example:
         >>> from tfm_ref import TransformerConfig, build
@@ -459,16 +459,17 @@ def _write(
             raise ValueError(
                 f"source and prompt must have the same batch; got {len(source)} and {len(prompt)}"
             )
-        context_mask = seen[:, None, None]
+        context_mask = None if seen.all() else seen[:, None, None]
         context = model.encode(source, mask=context_mask, positions=_positions(seen))
+    is_padded = not real.all()  # else no mask is needed, and positions need not be counted
     cache = model.new_cache(prompt.shape[1] + max_new_tokens - 1) if use_cache else None
     for _ in range(max_new_tokens):
         known = 0 if cache is None else cache.length
         x = stack(
             model.embedding(tokens[:, known:]),
             context,
-            mask=real[:, None, None],
-            positions=_positions(real)[:, known:],
+            mask=real[:, None, None] if is_padded else None,
+            positions=_positions(real)[:, known:] if is_padded else None,
             context_mask=context_mask,
             cache=cache,
         )
@@ -479,7 +480,8 @@ def _write(
         if rows is not None:
             tokens, real = tokens[rows], real[rows]
             if source is not None:
-                context, context_mask = context[rows], context_mask[rows]
+                context = context[rows]
+                context_mask = None if context_mask is None else context_mask[rows]
             if cache is not None:
                 cache.reorder(rows)
         tokens, real = torch.cat([tokens, new[:, None]], 1), F.pad(real, (0, 1), value=True)
@@ -552,6 +554,11 @@ def _check_prompt(model: DecoderLM | EncoderDecoder, real: Tensor, max_new_token
             f"each; rows {gaps} have padding after a token"
         )
     longest, c = int(real.sum(1).max()), model.config
+    if c.n_first and not real.all():
+        raise ValueError(
+            f"n_first ({c.n_first}) needs prompts without padding, which would be what a window "
+            f"keeps in sight; got {(~real).sum().item()} places of padding"
+        )
     if c.positions == "learned" and longest + max_new_tokens - 1 > c.max_seq_len:
         raise ValueError(
             "the longest prompt and all new tokens but the last must fit into max_seq_len "

@@ -63,9 +63,9 @@ class LatentAttention(AttentionLayer):
         Weights are split as in those models: kv_a_proj makes [c W_DKV, c W_KR]; q_b_proj (or
         q_proj) and kv_b_proj make, head after head, the query and [l W_UK[i], l W_UV[i]]. With
         YaRN, and ``m(a) = 0.1 a ln(factor) + 1``, those models multiply the turned part of the
-        scores by m(mscale)² and the other by m(mscale_all_dim)². Here that is ``YaRNScaling(...,
-        temperature=m(mscale) / m(mscale_all_dim))``, so 1.0 where the two are equal, and
-        ``scale=m(mscale_all_dim)**2 / √(head_dim + rope_head_dim)``.
+        scores by m(mscale)² and the other by m(mscale_all_dim)². Here that is
+        ``YaRNScaling(..., temperature=m(mscale) / m(mscale_all_dim))``, so 1.0 where the two are
+        equal, and ``scale=m(mscale_all_dim)**2 / √(head_dim + rope_head_dim)``.
 
     Example:
         >>> sizes = dict(head_dim=128, rope_head_dim=64, v_head_dim=128, kv_lora_rank=512)

@@ -364,7 +364,7 @@ class Block(nn.Module):
         post = self.norm_placement == "post"
         y = sublayer(x if post else norm(x))
         y = y if output_norm is None else output_norm(y)
-        y = x + F.dropout(y, self.dropout, self.training)
+        y = x + (F.dropout(y, self.dropout) if self.training else y)
         return norm(y) if post else y
 
     def extra_repr(self) -> str:

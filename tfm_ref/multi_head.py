@@ -5,7 +5,6 @@ from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -207,7 +206,7 @@ class AttentionLayer(nn.Module):
         dropout = self.dropout if self.training else 0.0
         y = BACKENDS[self.backend](q, k, v, **terms, dropout=dropout)
         y = self._output(y, k.shape[2])
-        return self.o_proj(rearrange(y, "b h n v -> b n (h v)"))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def attention_weights(
         self,
@@ -285,6 +284,11 @@ class AttentionLayer(nn.Module):
     def _output(self, y: Float[Tensor, "b h n v"], len_k: int) -> Float[Tensor, "b h n v"]:
         """Make each head's values of what attention gave: they are it, if nothing else is said."""
         return y
+
+
+def _split_heads(t: Float[Tensor, "b n d"], n_heads: int) -> Float[Tensor, "b h n k"]:
+    """Give each head its numbers; einops would do the same, but decoding has no time for it."""
+    return t.view(*t.shape[:2], n_heads, -1).transpose(1, 2)
 
 
 class MultiHeadAttention(AttentionLayer):
@@ -402,7 +406,7 @@ class MultiHeadAttention(AttentionLayer):
         self, x: Float[Tensor, "b n d"], rotation: Callable[[Tensor], Tensor] | None
     ) -> Float[Tensor, "b h n k"]:
         check_tokens("x", x, self.q_proj.weight)
-        q = rearrange(self.q_proj(x), "b n (h k) -> b h n k", h=self.n_heads)
+        q = _split_heads(self.q_proj(x), self.n_heads)
         q = q if self.q_norm is None else self.q_norm(q)
         return q if rotation is None else rotation(q)
 
@@ -410,8 +414,8 @@ class MultiHeadAttention(AttentionLayer):
         self, context: Float[Tensor, "b m d"], rotation: Callable[[Tensor], Tensor] | None
     ) -> tuple[Float[Tensor, "b g m k"], Float[Tensor, "b g m v"]]:
         check_tokens("context", context, self.k_proj.weight)
-        k = rearrange(self.k_proj(context), "b m (g k) -> b g m k", g=self.n_kv_heads)
-        v = rearrange(self.v_proj(context), "b m (g v) -> b g m v", g=self.n_kv_heads)
+        k = _split_heads(self.k_proj(context), self.n_kv_heads)
+        v = _split_heads(self.v_proj(context), self.n_kv_heads)
         k = k if self.k_norm is None else self.k_norm(k)
         return (k if rotation is None else rotation(k)), v
 

@@ -36,9 +36,9 @@ CAP = "        scores = softcap * (scores / softcap).tanh()\n"
 BIAS = "scores = scores + bias"
 CHECK = "check_mask(mask, scores)\n    if"
 KV = "self.k_proj(x), self.v_proj(x)"
-JOINED = "b h n v -> b n (h v)"
+JOINED = "y.transpose(1, 2).flatten(2)"
 TURNED = "(k if rotation is None else rotation(k)), v"
-SPLIT = "b n (h k) -> b h n k"
+SPLIT = "n_heads, -1).transpose(1, 2)"
 ROOT = "(head_dim + rope_head_dim) ** -0.5 if scale is None else scale\n"
 UP = 'y, self._up()[1].flip(0), "b h n l, h v l'
 HEADS = "(self.n_heads, sum(widths))).transpose(1, 2)"
@@ -52,8 +52,8 @@ MUTANTS = [
         ("keys taken for values", "equation", WEIGH, WEIGH.replace("v,", "k,")),
         ("k and v swapped", "equation", KV, "self.v_proj(x), self.k_proj(x)"),
         ("query heads share keys in turn", "equation", '(t, "b (g r) n', '(t, "b (r g) n'),
-        ("heads split with a stride", "equation", SPLIT, SPLIT.replace("(h k)", "(k h)")),
-        ("heads joined with a stride", "equation", JOINED, JOINED.replace("(h v)", "(v h)")),
+        ("heads split with a stride", "equation", SPLIT, "-1, n_heads).movedim(-1, 1)"),
+        ("heads joined with a stride", "equation", JOINED, "y.movedim(1, -1).flatten(2)"),
         ("only queries turned", "equation", TURNED, "(k), v"),
         ("values turned, too", "equation", TURNED, TURNED.replace("v", "rotation(v)")),
         ("the latent not normalised", "equation", "self.kv_a_norm(latent)", "latent"),
@@ -186,7 +186,7 @@ MUTANTS = [
         ),
         ("fused, aligned at the top left", "rectangles", " and q.shape[2] == k.shape[2])", ")"),
         ("second chunk sees all", "chunks", ASKED, "if is_causal and q.shape[2] == k.shape[2]:"),
-        ("a cache begins anew", "chunks", "self.length : self.length + n, :] = t", ":n, :] = t"),
+        ("a cache begins anew", "chunks", "(-2, self.length, n)", "(-2, 0, n)"),
         ("a cache counts calls", "chunks", "self.length += n", "self.length += 1"),
         ("nothing is remembered", "chunks", "cache.append(*kept)", "kept"),
         (
