@@ -190,9 +190,8 @@ def test_other_tensors_refused():
 
 def case(dtype: str, width: int, shared: bool, lengths: bool, cut: DecodeConfiguration):
     """Describe a compilation as it happens when the kernel is called."""
-    signature = dict.fromkeys(["q", "k", "v"], f"*{dtype}") | dict.fromkeys(
-        ["part", "lse"], "*fp32"
-    )
+    signature = dict.fromkeys(["q", "k", "v"], f"*{dtype}:16")
+    signature |= dict.fromkeys(["part", "lse"], "*fp32:16")
     signature |= dict.fromkeys(["len_q", "len_k", "n_splits", "window", "n_rows"], "i32")
     signature |= {a + b: "i32:16" for a in "qkv" for b in "bhgnm"}
     signature |= {"lengths": "*i64:16", "scale": "fp32"}

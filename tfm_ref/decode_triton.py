@@ -21,8 +21,11 @@ class DecodeConfiguration(NamedTuple):
 
 DECODE_CONFIGURATIONS = {
     (2, 128): [DecodeConfiguration(rows, 64, 4, 3) for rows in (16, 32, 64)],
-    (2, 256): [DecodeConfiguration(rows, 32, 4, 3) for rows in (16, 32, 64)],
-    (2, 512): [DecodeConfiguration(rows, 32, 8, 2) for rows in (16, 32, 64)],
+    (2, 256): [
+        DecodeConfiguration(16, 32, 4, 3),
+        DecodeConfiguration(64, 32, 8, 2),
+    ],
+    (2, 512): [DecodeConfiguration(rows, 32, 8, 2) for rows in (32, 64)],
     (4, 128): [DecodeConfiguration(16, 32, 4, 2)],
     (4, 256): [DecodeConfiguration(16, 16, 4, 2)],
     (4, 512): [DecodeConfiguration(16, 16, 8, 1)],
