@@ -1,6 +1,7 @@
 """The measurements of the book, on sizes that take no time: do they say what was measured?"""
 
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -98,6 +99,17 @@ def test_operations_and_bytes_are_counted(device):
     assert setting._replace(dtype="bfloat16").kv_bytes == setting.kv_bytes // 2
 
 
+def test_a_latent_is_key_and_value(device):
+    setting = SMALL._replace(n_kv_heads=1, head_dim=24, latent=16, is_causal=False)
+    q, k, v = (t.detach() for t in setting.draw(device))
+    assert v.data_ptr() == k.data_ptr()
+    assert (k.shape[-1], v.shape[-1]) == (24, 16)
+    assert k.nbytes == setting.kv_bytes
+    with FlopCounterMode(display=False) as counter:
+        benchmarks.ATTENTIONS["naive"](q, k, v)
+    assert counter.get_total_flops() == setting.flops
+
+
 def test_flex_attention_sees_what_the_others_see(device, monkeypatch):
     monkeypatch.setattr(benchmarks, "_flex_compiled", lambda: benchmarks.flex_attention)
     setting = SMALL._replace(len_q=4096, len_k=4096, batch=1, n_kv_heads=8, n_heads=8)
@@ -114,9 +126,10 @@ def test_flex_attention_sees_what_the_others_see(device, monkeypatch):
 @pytest.mark.parametrize("n", [1, 3])
 def test_decoding_is_measured(device, n):
     setting = Setting(2, 4, 2, n, 70, 16, False, "float32")
-    (row,) = benchmarks.decode(device, [setting], ["math"], **ONCE)["rows"]
-    assert told(row) == setting
-    assert row.keys() >= MEASURED
+    names = ["math", "triton"] if find_spec("triton") else ["math"]
+    rows = benchmarks.decode(device, [setting], names, **ONCE)["rows"]
+    assert [(row["candidate"], told(row)) for row in rows] == [(name, setting) for name in names]
+    assert all(row.keys() >= MEASURED for row in rows)
 
 
 def test_experts_are_measured_against_loop_and_dense_layer(device):
@@ -163,7 +176,8 @@ def test_the_settings_of_the_book_hold_those_of_its_targets():
         for head_dim in (64, 128):
             assert Setting(max(1, 8192 // n), 64, 8, n, n, head_dim, True, "bfloat16") in flash
     decode = list(benchmarks.decode_settings())
-    assert {s.n_kv_heads for s in decode} == {1, 8, 64}
+    assert {s.n_kv_heads for s in decode if not s.latent} == {1, 8, 64}
+    assert {(s.n_kv_heads, s.head_dim) for s in decode if s.latent} == {(1, 576)}
     assert {s.len_q for s in decode} == {1, 2, 4, 8}
     large = [s for s in decode if s.kv_bytes >= 2**28]
     assert {(s.len_q, s.n_kv_heads) for s in large} >= {

@@ -83,7 +83,10 @@ ATTENTIONS: dict[str, Attend] = {
 
 
 class Setting(NamedTuple):
-    """Sizes of one attention."""
+    """Sizes of one attention; with ``latent``, so many first numbers of a key are its value, too.
+
+    That is what the absorbed form of MLA attends to; else a value is as wide as a key.
+    """
 
     batch: int
     n_heads: int
@@ -93,17 +96,15 @@ class Setting(NamedTuple):
     head_dim: int
     is_causal: bool
     dtype: str
+    latent: int = 0
 
     def draw(self, device: torch.device | str) -> list[Tensor]:
         """Draw queries, keys and values, which want gradients."""
-        dtype = getattr(torch, self.dtype)
-        sizes = (self.n_heads, self.len_q), *[(self.n_kv_heads, self.len_k)] * 2
-        return [
-            torch.randn(
-                self.batch, *size, self.head_dim, device=device, dtype=dtype, requires_grad=True
-            )
-            for size in sizes
-        ]
+        form = {"device": device, "dtype": getattr(torch, self.dtype), "requires_grad": True}
+        width = self.head_dim
+        q = torch.randn(self.batch, self.n_heads, self.len_q, width, **form)
+        k, v = (torch.randn(self.batch, self.n_kv_heads, self.len_k, width, **form) for _ in "kv")
+        return [q, k, k[..., : self.latent] if self.latent else v]
 
     def suits(self, candidate: str) -> bool:
         """Say whether a candidate is worth its time: FlexAttention is compiled for each size."""
@@ -115,13 +116,15 @@ class Setting(NamedTuple):
     def flops(self) -> float:
         """Count the operations of the two products forward; backward takes 2.5 times as many."""
         pairs = self.len_q * self.len_k / (2 if self.is_causal else 1)
-        return 4 * self.batch * self.n_heads * pairs * self.head_dim
+        widths = self.head_dim + (self.latent or self.head_dim)
+        return 2 * self.batch * self.n_heads * pairs * widths
 
     @property
     def kv_bytes(self) -> int:
         """Count the bytes of keys and values: what decoding has to read."""
+        numbers = self.head_dim if self.latent else 2 * self.head_dim
         size = getattr(torch, self.dtype).itemsize
-        return 2 * self.batch * self.n_kv_heads * self.len_k * self.head_dim * size
+        return self.batch * self.n_kv_heads * self.len_k * numbers * size
 
 
 def flash_settings() -> Iterator[Setting]:
@@ -347,6 +350,7 @@ def decode_settings() -> Iterator[Setting]:
         for batch, len_k in [(16, 8192), (1, 131072), (128, 2048), (1, 8192)]:
             for n_kv_heads in (8, 64, 1):
                 yield Setting(batch, 64, n_kv_heads, n_queries, len_k, 128, False, "bfloat16")
+            yield Setting(batch, 128, 1, n_queries, len_k, 576, False, "bfloat16", latent=512)
 
 
 def decode(
