@@ -134,6 +134,18 @@ def test_every_configuration(kernel, number, width, cut, is_causal, monkeypatch,
         assert_as_exact_as_naive(given, dtype, device, is_causal=is_causal)
 
 
+@needs_triton
+@pytest.mark.parametrize("past", [1, 30, 31])
+def test_where_the_diagonal_meets_the_end_of_a_block(past, device):
+    """One key more than whole blocks, and one fewer than the first row sees."""
+    blocks = {
+        configurations(kernel, 16, torch.float32)[0].block_n for kernel in ("forward", "backward_q")
+    }
+    assert blocks == {32}
+    given = tensors(1, 1, 67, 67 + past, 16)
+    assert_as_exact_as_naive(given, torch.float32, device, is_causal=True)
+
+
 # --- how they compute
 
 

@@ -118,7 +118,7 @@ MUTANTS = [
         ("the sink takes all", "equation", "softmax(-1)[..., :-1]", "softmax(-1)[..., 1:]"),
         ("fused, the sink gives keys", "equation", "(0, 0, 0, 1))\n", "(0, 0, 0, 1), value=1)\n"),
         ("softcap after the bias", "equation", CAP, ""),
-        ("softcap without its size", "equation", "softcap * (scores", "(scores"),
+        ("softcap without its size", "equation", "= softcap * (scores", "= (scores"),
         ("queries without norm", "equation", "else self.q_norm(q)", "else q"),
         ("one norm for both", "equation", "self.k_norm(k)", "self.q_norm(k)"),
         ("bias subtracted", "bias", BIAS, "scores = scores - bias"),
