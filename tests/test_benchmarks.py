@@ -31,7 +31,7 @@ def test_attention_is_measured_both_ways(device, is_causal):
     assert [(told(row), row["candidate"], row["direction"]) for row in rows] == order
     assert all(row.keys() >= MEASURED and len(row["seconds"]) == 1 for row in rows)
     assert all(row["error"] <= row["limit"] == 2 for row in rows)
-    assert all(abs(row["error"] - 1) < 0.1 for row in rows if row["candidate"] == "naive")
+    assert all(0.3 < row["error"] <= 1 for row in rows if row["candidate"] == "naive")
     assert found["left_out"] == 0
     assert found["peaks"].keys() == {"matmul", "copy", "read"}
 
@@ -75,8 +75,8 @@ def test_what_cannot_run_says_why_and_the_others_go_on(device, monkeypatch):
 
 
 def test_when_the_time_is_over_the_rest_is_counted(device):
-    assert benchmarks.attention(device, [SMALL] * 3, ["naive"], seconds=-1)["left_out"] == 3
-    assert benchmarks.decode(device, [SMALL] * 3, ["math"], seconds=-1)["left_out"] == 3
+    assert benchmarks.attention(device, [SMALL] * 3, ["naive"], time_limit=-1)["left_out"] == 3
+    assert benchmarks.decode(device, [SMALL] * 3, ["math"], time_limit=-1)["left_out"] == 3
 
 
 def test_memory_of_backward_is_that_of_training(device):

@@ -99,6 +99,15 @@ def test_values_of_another_width(k, v, device):
 
 
 @needs_triton
+def test_values_that_begin_where_the_keys_do_but_are_others(device):
+    """The keys are the first half of a tensor, the values every other one of its vectors."""
+    q, both = (t.float().to(device) for t in tensors(4, 2, 2, 80, 16)[:2])
+    k, v = both[:, :, :40], both[:, :, ::2]
+    expected = scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_close(decode_attention(q, k, v), expected)
+
+
+@needs_triton
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 7, 40, 200])
 def test_own_lengths_and_windows(window, is_causal, device):

@@ -142,7 +142,7 @@ def attention(
     settings: Iterable[Setting] | None = None,
     candidates: Sequence[str] = tuple(ATTENTIONS),
     *,
-    seconds: float = 300.0,
+    time_limit: float = 300.0,
     **terms: float,
 ) -> dict[str, object]:
     """Measure attention, forward and backward.
@@ -151,7 +151,7 @@ def attention(
         device: where to compute.
         settings: on which sizes; those of chapter 12 if not given.
         candidates: names from ATTENTIONS.
-        seconds: after which no further setting is begun.
+        time_limit: seconds after which no further setting is begun.
         terms: as for :func:`tfm_ref.bench.time_runs`.
 
     Returns:
@@ -162,12 +162,12 @@ def attention(
     """
     settings = list(flash_settings() if settings is None else settings)
     both = (_forward, _backward)
-    return _compare(ATTENTIONS, both, device, settings, candidates, seconds, terms)
+    return _compare(ATTENTIONS, both, device, settings, candidates, time_limit, terms)
 
 
-def _compare(table, runs, device, settings, candidates, seconds, terms) -> dict[str, object]:
+def _compare(table, runs, device, settings, candidates, time_limit, terms) -> dict[str, object]:
     """Measure candidates in turn on each setting, until the time is over."""
-    rows, done, end = [], 0, perf_counter() + seconds
+    rows, done, end = [], 0, perf_counter() + time_limit
     for setting in settings:
         if perf_counter() > end:
             break
@@ -263,11 +263,15 @@ def _some_rows(setting: Setting, qkv: list[Tensor], dtype: torch.dtype) -> list[
 
 
 def _error(found: list[Tensor], exact: list[Tensor], rough: list[Tensor]) -> float:
-    """Give the largest error, as a multiple of that of the equation in the same dtype."""
-    return max(
-        float((a.double() - b).abs().max() / ((c.double() - b).abs().max() + 1e-9))
-        for a, b, c in zip(found, exact, rough, strict=True)
-    )
+    """Give the largest error, as a multiple of that of the equation in the same dtype.
+
+    To the latter half a last digit of the largest number is added, since it may be 0 by chance.
+    """
+    ratios = []
+    for a, b, c in zip(found, exact, rough, strict=True):
+        digit = torch.finfo(c.dtype).eps * b.abs().max() / 2
+        ratios.append(float((a - b).abs().max() / ((c - b).abs().max() + digit)))
+    return max(ratios)
 
 
 def peaks(device: torch.device | str) -> dict[str, float]:
@@ -332,8 +336,8 @@ def plain_benchmark(
         rough = _some_rows(setting, inputs[0], inputs[0][0].dtype)
         attend = partial(attend, is_causal=True)
         found = _tried(_forward, attend, inputs, exact, rough, device, terms)
-        if inputs[0][0].is_cuda:
-            found["kernels"] = kernels(lambda attend=attend, qkv=inputs[0]: attend(*qkv))
+        if inputs[0][0].is_cuda and "failed" not in found:
+            found["kernels"] = kernels(partial(attend, *inputs[0]))
         rows.append({"candidate": name, **setting._asdict(), **found})
     return {"rows": rows}
 
@@ -358,7 +362,7 @@ def decode(
     settings: Iterable[Setting] | None = None,
     candidates: Sequence[str] = tuple(DECODERS),
     *,
-    seconds: float = 90.0,
+    time_limit: float = 90.0,
     **terms: float,
 ) -> dict[str, object]:
     """Measure a decoding step: a few queries, many keys.
@@ -369,14 +373,14 @@ def decode(
         device: where to compute.
         settings: on which sizes; those of chapter 13 if not given.
         candidates: names from DECODERS.
-        seconds: after which no further setting is begun.
+        time_limit: seconds after which no further setting is begun.
         terms: as for :func:`tfm_ref.bench.time_runs`.
 
     Returns:
         As :func:`attention`.
     """
     settings = list(decode_settings() if settings is None else settings)
-    return _compare(DECODERS, (_forward,), device, settings, candidates, seconds, terms)
+    return _compare(DECODERS, (_forward,), device, settings, candidates, time_limit, terms)
 
 
 def experts(

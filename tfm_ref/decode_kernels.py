@@ -71,7 +71,7 @@ def attend_slice(
             values = tl.load(value + main[None, :], there & (main[None, :] < V), 0.0)
         # The online softmax, as in tfm_ref/flash_kernels.py.
         column = column[None, :]
-        visible = (column < end) & (column <= last[:, None]) & (column >= first[:, None])
+        visible = (column <= last[:, None]) & (column >= first[:, None])
         scores = tl.where(visible, scores * (scale * LOG2E), float("-inf"))
         new = tl.maximum(largest, tl.max(scores, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no key yet

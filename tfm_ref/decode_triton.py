@@ -110,7 +110,7 @@ def decode_attention(
         n_splits = _enough(q, batch * n_kv_heads, -(-len_k // cut.block_n))
     check_size("n_splits", n_splits)
     scale = head_dim**-0.5 if scale is None else scale
-    window = len_k + len_q if window is None else window
+    window = len_k if window is None else window
     return _decode(q, k, v, lengths, is_causal, window, scale, n_splits)
 
 
