@@ -417,7 +417,7 @@ def experts(
         x, expected = torch.randn(1, n_tokens, d_model, device=device, dtype=dtype), None
         for name, layer in layers.items():
             layer.to(device, dtype)
-            rows_in = x.repeat(1, top_k, 1) if name == "dense" else x
+            rows_in = torch.cat([x] * top_k, 1) if name == "dense" else x
             expected = _passes(layer, x) if name == "naive" else expected
             found = _tried(_both_ways, layer, rows_in, name, x, expected, device, terms)
             told = {"candidate": name, "n_tokens": n_tokens, "dtype": str(dtype)[6:]}

@@ -147,7 +147,7 @@ def load_checkpoint(
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """Find the last checkpoint that :func:`tfm_ref.fit` wrote into a folder, if there is one."""
+    """Find the last checkpoint that :func:`tfm_ref.training.fit` wrote into a folder, if any."""
     return max(Path(folder).glob("step-????????"), default=None)
 
 

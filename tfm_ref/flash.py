@@ -31,9 +31,9 @@ class PartialSoftmax(NamedTuple):
         mixed: the output o, not yet divided by total.
     """
 
-    top: Float[Tensor, "*b n 1"]
-    total: Float[Tensor, "*b n 1"]
-    mixed: Float[Tensor, "*b n v"]
+    top: Float[Tensor, "... n 1"]
+    total: Float[Tensor, "... n 1"]
+    mixed: Float[Tensor, "... n v"]
 
     @property
     def output(self) -> Float[Tensor, "*b n v"]:
