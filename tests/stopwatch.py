@@ -83,31 +83,53 @@ def mixture_of_experts():
     return gains
 
 
-def generation():
-    """Measure greedy generation by a small GPT-2, with a cache: their ``generate``, and ours.
-
-    64 new tokens, by batch and length of the prompt; and ours without a cache, by number of new
-    tokens after a prompt of 16.
-    """
+def small_gpt2(width):
+    """Make a GPT-2 of 4 layers, 4 heads and a vocabulary of 1,000: theirs, and ours."""
     from transformers import GPT2Config, GPT2LMHeadModel  # slow to import
 
     torch.set_num_threads(1)
-    sizes = {"vocab_size": 1000, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 512}
+    sizes = {"vocab_size": 1000, "n_embd": width, "n_layer": 4, "n_head": 4, "n_positions": 512}
     ends = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
     theirs = GPT2LMHeadModel(GPT2Config(**sizes, **ends)).eval()
-    ours = from_hf(theirs.state_dict(), theirs.config.to_dict())
-    against_theirs, against_none = {}, {}
+    return theirs, from_hf(theirs.state_dict(), theirs.config.to_dict())
+
+
+def generation(width=128):
+    """Measure greedy generation of 64 tokens with a cache: their ``generate``, and ours.
+
+    By batch and length of the prompt.
+    """
+    theirs, ours = small_gpt2(width)
+    gains = {}
     for batch, length in product((1, 8), (16, 128)):
         prompt = torch.randint(0, 1000, (batch, length))
         run = partial(greedy, ours, prompt, max_new_tokens=64)
         fixed = {"max_new_tokens": 64, "do_sample": False, "attention_mask": prompt >= 0}
         their_run = partial(theirs.generate, prompt, **fixed)
         assert torch.equal(run(), their_run()[:, length:])
-        (against_theirs[batch, length],) = speedup(run, their_run)
-    for new in 128, 496:
-        run = partial(greedy, ours, torch.randint(0, 1000, (1, 16)), max_new_tokens=new)
-        (against_none[new],) = speedup(run, partial(run, use_cache=False), rounds=1)
-    return against_theirs, against_none
+        (gains[batch, length],) = speedup(run, their_run)
+    return gains
+
+
+def caching(width=128):
+    """Measure greedy generation after a prompt of 16 without a cache, and with: a small GPT-2.
+
+    By batch and number of new tokens. Without a cache only each 16th token is written, that in the
+    middle of 16, and counts for all of them.
+    """
+    _, ours = small_gpt2(width)
+    gains = {}
+    for batch, new in product((1, 8), (128, 496)):
+        text = torch.randint(0, 1000, (batch, 16 + new))
+        cached = partial(greedy, ours, text[:, :16], max_new_tokens=new)
+
+        def uncached(text=text):
+            for length in range(24, text.shape[1], 16):
+                greedy(ours, text[:, :length], max_new_tokens=1, use_cache=False)
+
+        (gain,) = speedup(cached, uncached, rounds=1)
+        gains[batch, new] = 16 * gain
+    return gains
 
 
 def grouped_decoding():

@@ -704,6 +704,17 @@ def test_the_model_stays_as_it_was(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_what_is_written_may_be_trained_on(method):
+    """Tensors of inference mode could not."""
+    model = made(DECODER)
+    got = METHODS[method](model, ids(N), max_new_tokens=3)
+    results = got if method == "beam_search" else (got,)
+    assert not any(t.is_inference() for t in results)
+    model.train()(results[0].flatten(0, -2)).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtypes(method, dtype):
     """Log-probabilities are added in float32 at least."""

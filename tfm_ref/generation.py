@@ -386,7 +386,8 @@ def beam_search(
         source_mask=source_mask,
         use_cache=use_cache,
     )
-    return found._replace(tokens=found.tokens[..., : found.lengths.max()])
+    tokens, scores, lengths = (t.clone() for t in found)  # as any other tensors, for training too
+    return Hypotheses(tokens[..., : lengths.max()], scores, lengths)
 
 
 def _best(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -423,16 +424,18 @@ def _continue(
 
     def step(logits: Tensor) -> tuple[None, Tensor, bool]:
         nonlocal stopped
-        tokens = pick(logits).masked_fill(stopped, pad)
-        stopped = stopped | torch.isin(tokens, stop)
+        tokens = pick(logits)
+        if len(stop):
+            tokens = tokens.masked_fill(stopped, pad)
+            stopped = stopped | torch.isin(tokens, stop)
         written.append(tokens)
-        return None, tokens, bool(stopped.all())
+        return None, tokens, len(stop) > 0 and bool(stopped.all())
 
     _write(model, prompt, step, **terms)
     return torch.stack(written, 1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _write(
     model: DecoderLM | EncoderDecoder,
     prompt: Tensor,
@@ -484,7 +487,8 @@ def _write(
                 context_mask = None if context_mask is None else context_mask[rows]
             if cache is not None:
                 cache.reorder(rows)
-        tokens, real = torch.cat([tokens, new[:, None]], 1), F.pad(real, (0, 1), value=True)
+        tokens = torch.cat([tokens, new[:, None]], 1)
+        real = F.pad(real, (0, 1), value=True) if is_padded else real
 
 
 def _positions(real: Tensor) -> Tensor:

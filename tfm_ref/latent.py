@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tfm_ref.layers import RMSNorm
 from tfm_ref.multi_head import AttentionLayer, check_backend
-from tfm_ref.validation import check_dropout, check_size, check_tokens
+from tfm_ref.validation import check_dropout, check_size
 
 
 class LatentAttention(AttentionLayer):
@@ -132,7 +132,6 @@ class LatentAttention(AttentionLayer):
         self, x: Float[Tensor, "b n d"], rotation: Callable[[Tensor], Tensor] | None
     ) -> Float[Tensor, "b h n k"]:
         """Make each head's queries; k counts both parts."""
-        check_tokens("x", x, self.kv_a_proj.weight)
         if self.q_lora_rank is None:
             q = self.q_proj(x)
         else:
@@ -144,7 +143,6 @@ class LatentAttention(AttentionLayer):
         self, context: Float[Tensor, "b m d"], rotation: Callable[[Tensor], Tensor] | None
     ) -> tuple[Float[Tensor, "b 1 m k"]]:
         """Make the latent of each token and, behind it, the part of its key that turns."""
-        check_tokens("context", context, self.kv_a_proj.weight)
         latent, k_rope = self._parts(self.kv_a_proj(context)[:, None])
         k_rope = k_rope if rotation is None else rotation(k_rope)
         return (torch.cat([self.kv_a_norm(latent), k_rope], -1),)

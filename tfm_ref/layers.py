@@ -189,7 +189,8 @@ class FeedForward(nn.Module):
                 device or (autocast apart) the dtype of the layer.
         """
         check_tokens("x", x, self.up_proj.weight)
-        return self.down_proj(F.dropout(self.hidden(x), self.dropout, self.training))
+        hidden = self.hidden(x)
+        return self.down_proj(F.dropout(hidden, self.dropout) if self.training else hidden)
 
     def hidden(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n f"]:
         """Give what lies between the projections, before dropout."""
@@ -337,10 +338,11 @@ class Block(nn.Module):
             >>> decoder(torch.randn(2, 5, 8), torch.randn(2, 7, 8), is_causal=True).shape
             torch.Size([2, 5, 8])
         """
-        check_tokens("x", x, self.attention.o_proj.weight.mT)
-        if self.cross_attention is not None and context is None:
+        attention, cross_attention = self.attention, self.cross_attention
+        check_tokens("x", x, attention.o_proj.weight.mT)
+        if cross_attention is not None and context is None:
             raise ValueError("a block with cross_attention needs a context; got None")
-        if self.cross_attention is None and not (context is None and context_mask is None):
+        if cross_attention is None and not (context is None and context_mask is None):
             raise ValueError("a block without cross_attention takes no context or context_mask")
 
         terms = {"mask": mask, "is_causal": is_causal, "bias": bias, "rotation": rotation}
@@ -348,12 +350,12 @@ class Block(nn.Module):
         cross_terms = {"context": context, "mask": context_mask}
         if caches is not None:
             terms["cache"], cross_terms["cache"] = caches
-        attend = partial(self.attention, **terms)
+        attend = partial(attention, **terms)
         if self.parallel:
             return self._add(x, "attention", lambda y: attend(y) + self.feed_forward(y))
         x = self._add(x, "attention", attend)
-        if self.cross_attention is not None:
-            x = self._add(x, "cross_attention", partial(self.cross_attention, **cross_terms))
+        if cross_attention is not None:
+            x = self._add(x, "cross_attention", partial(cross_attention, **cross_terms))
         return self._add(x, "feed_forward", self.feed_forward)
 
     def _add(

@@ -53,7 +53,8 @@ class Embedding(nn.Module):
                 empty, or are no numbers of the tables; or if there are segments without a table.
         """
         check_token_ids("tokens", tokens, self.tokens.num_embeddings)
-        x = self.scale * self.tokens(tokens)
+        x = self.tokens(tokens)
+        x = x if self.scale == 1 else self.scale * x
         if self.segments is None:
             if segments is not None:
                 raise ValueError("segments need n_segments of at least 1; got 0")
@@ -140,7 +141,8 @@ class Stack(nn.Module):
         if cache is not None:
             if not c.is_causal:
                 raise ValueError("a cache needs is_causal = True: new tokens would change old ones")
-            cache.truncate(cache.length)  # what a call that failed on its way has left
+            if cache.positions.length > cache.length:
+                cache.truncate(cache.length)  # what a call that failed on its way has left
         if positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + x.shape[1], device=x.device)[None]
@@ -150,7 +152,7 @@ class Stack(nn.Module):
             column = positions.expand(len(x), -1)[..., None]
             all_positions = cache.positions.append(column)[0][..., 0]
         x = x if self.embedding_norm is None else self.embedding_norm(x)
-        x = F.dropout(x, c.dropout, self.training)
+        x = F.dropout(x, c.dropout) if self.training else x
         yield x
         terms = {
             is_local: self._terms(x, is_local, mask, positions, all_positions, columns)

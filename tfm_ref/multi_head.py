@@ -67,18 +67,20 @@ def fused_attention(
         raise ValueError(
             f'PyTorch\'s kernels have no softcap; got {softcap}. Use "naive" or "tiled".'
         )
-    scores = q.new_empty(()).expand(*q.shape[:3], k.shape[2])  # no memory: what checks look at
-    if bias is not None:
-        check_bias(bias, scores)
-    if mask is not None:
-        check_mask(mask, scores)
-    if sinks is not None:
-        check_sinks(sinks, scores)
-        bias = torch.zeros_like(scores) if bias is None else bias
-    if q.shape[2] == 1:
+    (b, h, n, width), (_, g, m, _) = q.shape, k.shape
+    if not (mask is None and bias is None and sinks is None):
+        scores = q.new_empty(()).expand(b, h, n, m)  # no memory: what checks look at
+        if bias is not None:
+            check_bias(bias, scores)
+        if mask is not None:
+            check_mask(mask, scores)
+        if sinks is not None:
+            check_sinks(sinks, scores)
+            bias = torch.zeros_like(scores) if bias is None else bias
+    if n == 1:
         is_causal = False  # the last query sees every key
-    if is_causal and not (mask is None and bias is None and q.shape[2] == k.shape[2]):
-        causal = causal_mask(*scores.shape[2:], device=q.device)
+    if is_causal and not (mask is None and bias is None and n == m):
+        causal = causal_mask(n, m, device=q.device)
         mask, is_causal = causal if mask is None else mask & causal, False
     added, blind = bias, None
     if mask is not None:
@@ -91,7 +93,6 @@ def fused_attention(
         column = sinks[:, None, None].expand(*scores.shape[:3], 1)
         added = torch.cat([added.expand(scores.shape), column], -1)
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-    (_, h, n, width), (_, g, m, _) = q.shape, k.shape
     r = h // g
     folds = r > 1 and r * n <= m and not is_causal and (q.device.type == "cpu" or width > 256)
     if folds:
@@ -247,6 +248,8 @@ class AttentionLayer(nn.Module):
         cache: KVCache | None,
     ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b g m k"], Float[Tensor, "b g m v"]]:
         """Make queries, keys and values, and give each head its own; remember the new tokens."""
+        weight = self.o_proj.weight.mT  # its last axis is d_model
+        check_tokens("x", x, weight)
         q = self._queries(x, rotation)
         if query_scale is not None:
             check_query_scale(query_scale, q)
@@ -259,6 +262,8 @@ class AttentionLayer(nn.Module):
                     f"{cache.length}; got one of shape {tuple(context.shape)}"
                 )
         else:
+            if context is not None:
+                check_tokens("context", context, weight)
             kept = self._kept(x if context is None else context, rotation)
             kept = kept if cache is None else cache.append(*kept)
         return self._terms(q, *kept)
@@ -405,7 +410,6 @@ class MultiHeadAttention(AttentionLayer):
     def _queries(
         self, x: Float[Tensor, "b n d"], rotation: Callable[[Tensor], Tensor] | None
     ) -> Float[Tensor, "b h n k"]:
-        check_tokens("x", x, self.q_proj.weight)
         q = _split_heads(self.q_proj(x), self.n_heads)
         q = q if self.q_norm is None else self.q_norm(q)
         return q if rotation is None else rotation(q)
@@ -413,7 +417,6 @@ class MultiHeadAttention(AttentionLayer):
     def _kept(
         self, context: Float[Tensor, "b m d"], rotation: Callable[[Tensor], Tensor] | None
     ) -> tuple[Float[Tensor, "b g m k"], Float[Tensor, "b g m v"]]:
-        check_tokens("context", context, self.k_proj.weight)
         k = _split_heads(self.k_proj(context), self.n_kv_heads)
         v = _split_heads(self.v_proj(context), self.n_kv_heads)
         k = k if self.k_norm is None else self.k_norm(k)

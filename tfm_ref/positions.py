@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
@@ -308,7 +309,7 @@ class LearnedPositions(PositionScheme):
                     f"positions must lie in 0 <= position < max_seq_len ({len(self.table)}); "
                     f"got {lowest} to {highest}"
                 )
-        return x + self.table[positions.long()]
+        return x + F.embedding(positions.long(), self.table)
 
 
 def alibi_slopes(n_heads: int) -> Float[Tensor, " h"]:

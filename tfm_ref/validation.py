@@ -111,7 +111,7 @@ def check_tokens(name: str, x: Tensor, weight: Tensor) -> None:
         ValueError: x must have shape (batch, length, d_model = 8) and not be empty; got (4, 8)
     """
     d_model = weight.shape[1]
-    if x.ndim != 3 or x.shape[-1] != d_model or 0 in x.shape:
+    if x.ndim != 3 or x.shape[2] != d_model or not x.numel():
         raise ValueError(
             f"{name} must have shape (batch, length, d_model = {d_model}) and not be empty; "
             f"got {tuple(x.shape)}"
@@ -137,33 +137,33 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
         Traceback (most recent call last):
         ValueError: q and k must have the same width; got 8 and 5
     """
-    tensors = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
-    for name, t in tensors.items():
+    others = {"k": k} if v is None else {"k": k, "v": v}
+    for name, t in {"q": q, **others}.items():
         if t.ndim != 4:
             raise ValueError(
                 f"{name} must have 4 axes (batch, heads, length, width); got {tuple(t.shape)}"
             )
-        if 0 in t.shape:
+        if not t.numel():
             raise ValueError(f"{name} must not be empty; got shape {tuple(t.shape)}")
         if not t.is_floating_point():
             raise ValueError(f"{name} must be floating point; got {t.dtype}")
-    for name, t in tensors.items():
+    b, h, _, width = q.shape
+    for name, t in others.items():
         check_same_kind("q", q, name, t)
-        if t.shape[0] != q.shape[0]:
+        batch, heads, _, _ = t.shape
+        if batch != b:
+            raise ValueError(f"q and {name} must have the same batch; got {b} and {batch}")
+        if h % heads:
             raise ValueError(
-                f"q and {name} must have the same batch; got {q.shape[0]} and {t.shape[0]}"
+                f"the heads of q ({h}) must be a multiple of the heads of {name} ({heads})"
             )
-        if q.shape[1] % t.shape[1]:
-            raise ValueError(
-                f"the heads of q ({q.shape[1]}) must be a multiple of the heads of {name} "
-                f"({t.shape[1]})"
-            )
-    if v is not None and k.shape[1] != v.shape[1]:
-        raise ValueError(f"k and v must have the same heads; got {k.shape[1]} and {v.shape[1]}")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must have the same width; got {q.shape[3]} and {k.shape[3]}")
-    if v is not None and k.shape[2] != v.shape[2]:
-        raise ValueError(f"k and v must have the same length; got {k.shape[2]} and {v.shape[2]}")
+    _, g, m, k_width = k.shape
+    if v is not None and g != heads:
+        raise ValueError(f"k and v must have the same heads; got {g} and {heads}")
+    if width != k_width:
+        raise ValueError(f"q and k must have the same width; got {width} and {k_width}")
+    if v is not None and m != v.shape[2]:
+        raise ValueError(f"k and v must have the same length; got {m} and {v.shape[2]}")
 
 
 def check_mask(mask: Tensor, scores: Tensor) -> None:

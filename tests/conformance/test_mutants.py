@@ -34,7 +34,7 @@ ASKED = "if is_causal:"
 JOIN = "mask & causal"
 CAP = "        scores = softcap * (scores / softcap).tanh()\n"
 BIAS = "scores = scores + bias"
-CHECK = "check_mask(mask, scores)\n    if"
+CHECK = "check_mask(mask, scores)\n"
 KV = "self.k_proj(x), self.v_proj(x)"
 JOINED = "y.transpose(1, 2).flatten(2)"
 TURNED = "(k if rotation is None else rotation(k)), v"
@@ -184,7 +184,7 @@ MUTANTS = [
             "past = self.len_k - self.len_q",
             "past = 0",
         ),
-        ("fused, aligned at the top left", "rectangles", " and q.shape[2] == k.shape[2])", ")"),
+        ("fused, aligned at the top left", "rectangles", " and n == m)", ")"),
         ("second chunk sees all", "chunks", ASKED, "if is_causal and q.shape[2] == k.shape[2]:"),
         ("a cache begins anew", "chunks", "(-2, self.length, n)", "(-2, 0, n)"),
         ("a cache counts calls", "chunks", "self.length += n", "self.length += 1"),
@@ -220,7 +220,7 @@ MUTANTS = [
         ("integers accepted", "wrong_masks_refused", "mask.dtype != torch.bool", "False"),
         ("any shape accepted", "wrong_masks_refused", 'check_axes("mask", mask, scores)', "pass"),
         ("bias not checked", "wrong_bias_refused", "    check_bias(bias, scores)\n", "    pass\n"),
-        ("empty input accepted", "empty_refused", "if 0 in t.shape:", "if False:"),
+        ("empty input accepted", "empty_refused", "if not t.numel():", "if False:"),
     ]
 ]
 
