@@ -561,6 +561,14 @@ def test_key_and_value_heads_are_pooled_by_hand(bias):
     assert torch.equal(pooled.q_proj.weight, layer.q_proj.weight)
 
 
+def test_pooling_leaves_frozen_what_is_frozen():
+    layer = MultiHeadAttention(d_model=4, n_heads=2)
+    layer.k_proj.weight.requires_grad_(False)
+    pooled = pool_kv_heads(layer, 1)
+    assert not pooled.k_proj.weight.requires_grad
+    assert pooled.v_proj.weight.requires_grad
+
+
 @pytest.mark.parametrize("n_encoder_layers", [0, 1])
 @torch.no_grad()
 def test_pooling_equal_heads_changes_nothing(n_encoder_layers):
