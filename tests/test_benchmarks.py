@@ -31,7 +31,7 @@ def test_attention_is_measured_both_ways(device, is_causal):
     assert [(told(row), row["candidate"], row["direction"]) for row in rows] == order
     assert all(row.keys() >= MEASURED and len(row["seconds"]) == 1 for row in rows)
     assert all(row["error"] <= row["limit"] == 2 for row in rows)
-    assert all(0.3 < row["error"] <= 1 for row in rows if row["candidate"] == "naive")
+    assert all(0 < row["error"] <= 1 for row in rows if row["candidate"] == "naive")
     assert found["left_out"] == 0
     assert found["peaks"].keys() == {"matmul", "copy", "read"}
 
@@ -72,6 +72,18 @@ def test_what_cannot_run_says_why_and_the_others_go_on(device, monkeypatch):
     monkeypatch.setitem(benchmarks.ATTENTIONS, "no", refuse)
     rows = benchmarks.attention(device, [SMALL], ["no", "naive"], **ONCE)["rows"]
     assert [row.get("failed") for row in rows] == ["RuntimeError: no kernel"] * 2 + [None] * 2
+
+
+def test_sizes_without_room_fail_alone(device, monkeypatch):
+    def full(setting, device, draw=Setting.draw):
+        if setting.len_q == 41:
+            raise torch.OutOfMemoryError("41 are too many")
+        return draw(setting, device)
+
+    monkeypatch.setattr(Setting, "draw", full)
+    settings = [SMALL._replace(len_q=41), SMALL]
+    rows = benchmarks.decode(device, settings, ["math"], **ONCE)["rows"]
+    assert [row.get("failed") for row in rows] == ["OutOfMemoryError: 41 are too many", None]
 
 
 def test_when_the_time_is_over_the_rest_is_counted(device):

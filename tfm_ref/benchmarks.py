@@ -171,12 +171,10 @@ def _compare(table, runs, device, settings, candidates, time_limit, terms) -> di
     for setting in settings:
         if perf_counter() > end:
             break
-        inputs = [setting.draw(device) for _ in range(2)]
-        exact = _some_rows(setting, inputs[0], torch.float64)
-        rough = _some_rows(setting, inputs[0], inputs[0][0].dtype)
+        known = _tried(_known, setting, device)
         for name, run in product(filter(setting.suits, candidates), runs):
             attend = partial(table[name], is_causal=setting.is_causal)
-            found = _tried(run, attend, inputs, exact, rough, device, terms)
+            found = _tried(run, attend, known, device, terms) if "failed" not in known else known
             told = {"candidate": name, "direction": run.__name__.strip("_")}
             rows.append({**told, **setting._asdict(), **found})
         done += 1
@@ -204,19 +202,27 @@ def _tried(run: Callable[..., dict[str, object]], *terms: object) -> dict[str, o
         return {"failed": f"{type(problem).__name__}: {problem}".splitlines()[0][:200]}
 
 
-def _forward(attend, inputs, exact, rough, device, terms) -> dict[str, object]:
+def _known(setting: Setting, device: torch.device | str) -> dict[str, list]:
+    """Draw inputs, and compute for the first of them what is right, and what the dtype allows."""
+    inputs = [setting.draw(device) for _ in range(2)]
+    exact, rough = (_some_rows(setting, inputs[0], d) for d in (torch.float64, inputs[0][0].dtype))
+    return {"inputs": inputs, "exact": exact, "rough": rough}
+
+
+def _forward(attend, known, device, terms) -> dict[str, object]:
     """Measure the output."""
 
     @torch.no_grad()
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v)
 
+    inputs, exact, rough = known.values()
     rows = _asking_rows(inputs[0][0])
     error = _error([run(*inputs[0])[:, :, rows]], exact[:1], rough[:1])
     return measure(run, inputs, device=device, error=error, limit=2.0, **terms)
 
 
-def _backward(attend, inputs, exact, rough, device, terms) -> dict[str, object]:
+def _backward(attend, known, device, terms) -> dict[str, object]:
     """Measure the gradients of queries, keys and values; the memory is that of both directions."""
 
     def run(y: Tensor, dy: Tensor, *qkv: Tensor) -> tuple[Tensor, ...]:
@@ -228,6 +234,7 @@ def _backward(attend, inputs, exact, rough, device, terms) -> dict[str, object]:
         dy[:, :, rows] = _asked(y[:, :, rows])
         return (y, dy, *qkv)
 
+    inputs, exact, rough = known.values()
     graphs = [graph(qkv) for qkv in inputs]
     dq, dk, dv = run(*graphs[0])
     error = _error([dq[:, :, _asking_rows(dq)], dk, dv], exact[1:], rough[1:])
@@ -265,11 +272,11 @@ def _some_rows(setting: Setting, qkv: list[Tensor], dtype: torch.dtype) -> list[
 def _error(found: list[Tensor], exact: list[Tensor], rough: list[Tensor]) -> float:
     """Give the largest error, as a multiple of that of the equation in the same dtype.
 
-    To the latter half a last digit of the largest number is added, since it may be 0 by chance.
+    To the latter a last digit or two of the largest number are added: it may be 0 by chance.
     """
     ratios = []
     for a, b, c in zip(found, exact, rough, strict=True):
-        digit = torch.finfo(c.dtype).eps * b.abs().max() / 2
+        digit = 2 * torch.finfo(c.dtype).eps * b.abs().max()
         ratios.append(float((a - b).abs().max() / ((c - b).abs().max() + digit)))
     return max(ratios)
 
@@ -331,13 +338,10 @@ def plain_benchmark(
     candidates = {"PyTorch's choice": F.scaled_dot_product_attention, "math": ATTENTIONS["math"]}
     for dtype, (name, attend) in product(("float32", "bfloat16"), candidates.items()):
         setting = Setting(batch, n_heads, n_heads, n, n, head_dim, True, dtype)
-        inputs = [setting.draw(device) for _ in range(2)]
-        exact = _some_rows(setting, inputs[0], torch.float64)
-        rough = _some_rows(setting, inputs[0], inputs[0][0].dtype)
-        attend = partial(attend, is_causal=True)
-        found = _tried(_forward, attend, inputs, exact, rough, device, terms)
-        if inputs[0][0].is_cuda and "failed" not in found:
-            found["kernels"] = kernels(partial(attend, *inputs[0]))
+        attend, known = partial(attend, is_causal=True), _known(setting, device)
+        found = _tried(_forward, attend, known, device, terms)
+        if torch.device(device).type == "cuda" and "failed" not in found:
+            found["kernels"] = kernels(partial(attend, *known["inputs"][0]))
         rows.append({"candidate": name, **setting._asdict(), **found})
     return {"rows": rows}
 
