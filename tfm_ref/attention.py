@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -72,8 +72,7 @@ def attention_weights(
     """
     check_qkv(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q = _grouped(q, k.shape[1])
-    scores = einsum(q * scale, k, "b g r n k, b g m k -> b g r n m").flatten(1, 2)
+    scores = einsum(q * scale, _share(k, q.shape[1]), "b h n k, b h m k -> b h n m")
     if softcap is not None:
         check_softcap(softcap)
         scores = softcap * (scores / softcap).tanh()
@@ -161,13 +160,13 @@ def scaled_dot_product_attention(
     terms = {"mask": mask, "is_causal": is_causal, "bias": bias, "scale": scale}
     weights = attention_weights(q, k, **terms, softcap=softcap, sinks=sinks)
     weights = F.dropout(weights, dropout)
-    weights = _grouped(weights, v.shape[1])
-    return einsum(weights, v, "b g r n m, b g m v -> b g r n v").flatten(1, 2)
+    return einsum(weights, _share(v, q.shape[1]), "b h n m, b h m v -> b h n v")
 
 
-def _grouped(t: Float[Tensor, "b h n k"], n_kv_heads: int) -> Float[Tensor, "b g r n k"]:
-    """Group the query heads by the key and value head that they share: r in a row."""
-    return rearrange(t, "b (g r) n k -> b g r n k", g=n_kv_heads)
+def _share(t: Float[Tensor, "b g m k"], n_heads: int) -> Float[Tensor, "b h m k"]:
+    """Give each query head its key or value head: one for every r in a row."""
+    r = n_heads // t.shape[1]
+    return t if r == 1 else repeat(t, "b g m k -> b (g r) m k", r=r)
 
 
 class SelfAttention(nn.Module):

@@ -339,7 +339,7 @@ class Block(nn.Module):
             torch.Size([2, 5, 8])
         """
         attention, cross_attention = self.attention, self.cross_attention
-        check_tokens("x", x, attention.o_proj.weight.mT)
+        check_tokens("x", x, attention.o_proj.weight, axis=0)
         if cross_attention is not None and context is None:
             raise ValueError("a block with cross_attention needs a context; got None")
         if cross_attention is None and not (context is None and context_mask is None):

@@ -248,8 +248,7 @@ class AttentionLayer(nn.Module):
         cache: KVCache | None,
     ) -> tuple[Float[Tensor, "b h n k"], Float[Tensor, "b g m k"], Float[Tensor, "b g m v"]]:
         """Make queries, keys and values, and give each head its own; remember the new tokens."""
-        weight = self.o_proj.weight.mT  # its last axis is d_model
-        check_tokens("x", x, weight)
+        check_tokens("x", x, self.o_proj.weight, axis=0)
         q = self._queries(x, rotation)
         if query_scale is not None:
             check_query_scale(query_scale, q)
@@ -263,7 +262,7 @@ class AttentionLayer(nn.Module):
                 )
         else:
             if context is not None:
-                check_tokens("context", context, weight)
+                check_tokens("context", context, self.o_proj.weight, axis=0)
             kept = self._kept(x if context is None else context, rotation)
             kept = kept if cache is None else cache.append(*kept)
         return self._terms(q, *kept)

@@ -93,13 +93,14 @@ def check_dropout(dropout: float) -> None:
         raise ValueError(f"dropout must lie in 0 <= dropout < 1; got {dropout}")
 
 
-def check_tokens(name: str, x: Tensor, weight: Tensor) -> None:
+def check_tokens(name: str, x: Tensor, weight: Tensor, *, axis: int = 1) -> None:
     """Refuse tokens that do not fit the layer.
 
     Args:
         name: what the message calls the tokens.
         x: the tokens to check.
-        weight: matrix of the layer (any, d_model), as ``nn.Linear`` stores it.
+        weight: a matrix of the layer, as ``nn.Linear`` stores it.
+        axis: which of its axes is d_model: 1 if it is multiplied with tokens, 0 if it makes them.
 
     Raises:
         ValueError: if x has not the shape (batch, length, d_model), is empty, or has not the
@@ -110,7 +111,7 @@ def check_tokens(name: str, x: Tensor, weight: Tensor) -> None:
         Traceback (most recent call last):
         ValueError: x must have shape (batch, length, d_model = 8) and not be empty; got (4, 8)
     """
-    d_model = weight.shape[1]
+    d_model = weight.shape[axis]
     if x.ndim != 3 or x.shape[2] != d_model or not x.numel():
         raise ValueError(
             f"{name} must have shape (batch, length, d_model = {d_model}) and not be empty; "

@@ -27,7 +27,7 @@ class Mutant(NamedTuple):
 SOFTMAX = "return scores.softmax(-1)\n"
 FILL = "scores.masked_fill(~mask, -torch.inf).masked_fill(blind, 0.0)"
 ZERO = "_normalise(scores, sinks).masked_fill(~mask, 0.0)"
-WEIGH = 'einsum(weights, v, "b g r n m, b g m v -> b g r n v").flatten(1, 2)'
+WEIGH = 'einsum(weights, _share(v, q.shape[1]), "b h n m, b h m v -> b h n v")'
 SCALE = "q.shape[-1] ** -0.5 if scale is None else scale"
 CAUSAL = "(j <= i)[None, None]"
 ASKED = "if is_causal:"
@@ -51,7 +51,7 @@ MUTANTS = [
         ("scale by d, not by its root", "equation", "** -0.5", "** -1"),
         ("keys taken for values", "equation", WEIGH, WEIGH.replace("v,", "k,")),
         ("k and v swapped", "equation", KV, "self.v_proj(x), self.k_proj(x)"),
-        ("query heads share keys in turn", "equation", '(t, "b (g r) n', '(t, "b (r g) n'),
+        ("query heads share keys in turn", "equation", "b g m k -> b (g r)", "b g m k -> b (r g)"),
         ("heads split with a stride", "equation", SPLIT, "-1, n_heads).movedim(-1, 1)"),
         ("heads joined with a stride", "equation", JOINED, "y.movedim(1, -1).flatten(2)"),
         ("only queries turned", "equation", TURNED, "(k), v"),
