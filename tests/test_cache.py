@@ -243,6 +243,16 @@ def test_what_a_window_has_forgotten_cannot_be_said_anew():
         assert_close(torch.cat(rest, 1), expected[:, length:], atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("n_first", [0, 1])
+@torch.no_grad()
+def test_a_window_that_is_not_yet_full_has_forgotten_nothing(n_first):
+    cache = RollingCache(5, n_first=n_first)
+    cache.append(torch.arange(5.0).view(1, 5, 1))
+    cache.truncate(2)
+    seen = cache.append(torch.tensor([[[7.0]]]))[0]
+    assert seen.flatten().tolist() == [0, 1, 7]
+
+
 @torch.no_grad()
 def test_a_rolling_cache_has_no_end_if_none_is_given():
     attention, cache = redraw(MultiHeadAttention(d_model=8, n_heads=2)), RollingCache(3, n_first=1)
