@@ -254,6 +254,28 @@ def test_a_window_that_is_not_yet_full_has_forgotten_nothing(n_first):
 
 
 @torch.no_grad()
+def test_a_window_that_begins_anew_has_forgotten_nothing():
+    cache = RollingCache(2, n_first=3)
+    for token in torch.arange(10.0).view(10, 1, 1, 1):
+        cache.append(token)
+    cache.truncate(2)
+    cache.append(torch.tensor([[[7.0], [8.0], [9.0]]]))
+    cache.truncate(4)
+    assert cache.tensors[0].flatten().tolist() == [0, 1, 7, 8]
+    with pytest.raises(ValueError, match="length must be an integer from 0 to 4; got 5"):
+        cache.truncate(5)
+
+
+@torch.no_grad()
+def test_what_is_refused_is_not_remembered():
+    cache, t = KVCache(3), torch.zeros(1, 2, 4)
+    for wrong in (), (t, t[:, :1]), (torch.zeros(1, 4, 4),):
+        with pytest.raises(ValueError, match=r"at least one|expects shape|has room for 3"):
+            cache.append(*wrong)
+        assert (cache.length, cache.n_bytes) == (0, 0)
+
+
+@torch.no_grad()
 def test_a_rolling_cache_has_no_end_if_none_is_given():
     attention, cache = redraw(MultiHeadAttention(d_model=8, n_heads=2)), RollingCache(3, n_first=1)
     x = torch.randn(1, 50, 8)

@@ -285,6 +285,7 @@ def test_every_rule_is_tested():
         ({"n_layers": 0}, "n_layers must be an integer of at least 1; got 0"),
         ({"n_heads": 0, "positions": "none"}, "n_heads must be an integer of at least 1; got 0"),
         ({"d_model": 0}, "d_model must be an integer of at least 1; got 0"),
+        ({"n_layers": True}, "n_layers must be an integer of at least 1; got True"),
         ({"n_encoder_layers": -1}, "n_encoder_layers must be an integer of at least 0; got -1"),
         ({"n_segments": -1}, "n_segments must be an integer of at least 0; got -1"),
         ({"max_seq_len": 0}, "max_seq_len must be an integer of at least 1; got 0"),

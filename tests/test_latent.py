@@ -479,6 +479,7 @@ for tokens in (x,), (x, context):
     ("settings", "message"),
     [
         ({"dropout": 1.0}, "dropout must lie in 0 <= dropout < 1; got 1.0"),
+        ({"absorbed": "yes"}, "absorbed must be True, False or None; got 'yes'"),
         ({"backend": "fast"}, 'backend must be one of naive, tiled, sdpa, triton; got "fast"'),
         ({"norm_eps": -1.0}, "eps must be at least 0; got -1.0"),
         *[

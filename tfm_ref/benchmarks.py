@@ -37,6 +37,7 @@ from tfm_ref.flash_triton import triton_attention
 from tfm_ref.layers import FeedForward
 from tfm_ref.masks import causal_mask
 from tfm_ref.moe import MoELayer
+from tfm_ref.validation import check_choice
 
 Attend = Callable[..., Tensor]
 
@@ -99,7 +100,12 @@ class Setting(NamedTuple):
     latent: int = 0
 
     def draw(self, device: torch.device | str) -> list[Tensor]:
-        """Draw queries, keys and values, which want gradients."""
+        """Draw queries, keys and values, which want gradients; their errors need 32 bits or less.
+
+        Raises:
+            ValueError: if the dtype is another.
+        """
+        check_choice("dtype", self.dtype, ("float32", "float16", "bfloat16"))
         form = {"device": device, "dtype": getattr(torch, self.dtype), "requires_grad": True}
         width = self.head_dim
         q = torch.randn(self.batch, self.n_heads, self.len_q, width, **form)

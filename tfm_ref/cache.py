@@ -46,8 +46,8 @@ class KVCache:
             The tensors of all tokens so far, the new ones last: views, not copies.
 
         Raises:
-            ValueError: if there is no room, if shapes or dtypes are not those of the first
-                tokens, or if the tensors need gradients.
+            ValueError: if there is no tensor or no room, if shapes or dtypes are not those of the
+                first tokens, or if the tensors need gradients. Nothing is remembered then.
         """
         n = self._check(new)
         for room, t in zip(self._room, new, strict=True):
@@ -57,14 +57,16 @@ class KVCache:
 
     def _check(self, new: tuple[Tensor, ...]) -> int:
         """Refuse what does not fit, take the room for the first, and count the new tokens."""
-        n = new[0].shape[-2]
-        max_len = self.max_len or (self._room[0].shape[-2] if self._room else n)
+        if not new:
+            raise ValueError("a cache remembers at least one tensor; got none")
+        n, rooms = new[0].shape[-2], self._room
+        max_len = self.max_len or (rooms[0].shape[-2] if rooms else n)
         if self.length + n > max_len:
             raise ValueError(f"the cache has room for {max_len} tokens; got {self.length} + {n}")
-        if not self._room:
+        if not rooms:
             slots = self._slots(max_len)
-            self._room = [t.new_empty((*t.shape[:-2], slots, t.shape[-1])) for t in new]
-        for room, t in zip(self._room, new, strict=True):
+            rooms = [t.new_empty((*t.shape[:-2], slots, t.shape[-1])) for t in new]
+        for room, t in zip(rooms, new, strict=True):
             expected = (*room.shape[:-2], n, room.shape[-1])
             if t.shape != expected or t.dtype != room.dtype:
                 raise ValueError(
@@ -73,6 +75,7 @@ class KVCache:
                 )
             if t.requires_grad:
                 raise ValueError("a cache keeps no gradients: use it under torch.no_grad()")
+        self._room = rooms
         return n
 
     def _slots(self, max_len: int) -> int:

@@ -108,6 +108,8 @@ class LatentAttention(AttentionLayer):
             check_size("q_lora_rank", q_lora_rank)
         check_dropout(dropout)
         check_backend(backend, dropout=dropout)
+        if absorbed not in (True, False, None):
+            raise ValueError(f"absorbed must be True, False or None; got {absorbed!r}")
         self.scale = (head_dim + rope_head_dim) ** -0.5 if scale is None else scale
         self.dropout, self.absorbed, self.backend = dropout, absorbed, backend
 

@@ -24,7 +24,7 @@ def check_size(name: str, size: int, *, least: int = 1, most: int | None = None)
         Traceback (most recent call last):
         ValueError: d_model must be an integer of at least 1; got 0
     """
-    if isinstance(size, float) or size < least or (most is not None and size > most):
+    if isinstance(size, float | bool) or size < least or (most is not None and size > most):
         bound = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be an integer {bound}; got {size}")
 
