@@ -193,3 +193,27 @@ def test_crossover_is_where_the_counters_cross(n, d):
 def test_refused(call, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
+
+
+class Watched(Memory):
+    """Remembers how full the fast memory was at its fullest."""
+
+    most = 0
+
+    def hold(self, t):
+        t = super().hold(t)
+        self.most = max(self.most, self.held)
+        return t
+
+
+def test_what_queries_have_read_lies_in_the_fast_memory():
+    """Of 2022's form the three are loaded; with queries outside they are made there, and stay."""
+    n, d, sram = 40, 4, 30 * 22
+    q, k, v = torch.randn(3, n, d)
+    large, small = block_size(d, sram), d
+    for attend in flash_attention, flash2_attention:
+        memory = Watched(sram=sram)
+        attend(memory, q, k, v)
+        vectors = {flash_attention: (2 * large, small), flash2_attention: (large, 2 * small)}
+        kept = {flash_attention: small, flash2_attention: large}[attend] * (d + 2)
+        assert memory.most == sum(vectors[attend]) * d + kept + large * small
