@@ -331,8 +331,8 @@ def test_the_interpreter_gets_no_bfloat16(monkeypatch):
 
 
 def test_without_triton_the_package_is_whole():
-    """Importing it imports no Triton."""
-    program = "import sys, tfm_ref; assert 'triton' not in sys.modules"
+    """To import it nobody needs Triton."""
+    program = "import sys; sys.modules['triton'] = None; import tfm_ref"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
