@@ -65,6 +65,23 @@ def test_wrong_gradients_are_seen_though_the_output_is_right(device, monkeypatch
     assert "exceeds its limit" in backward["failed"]
 
 
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 300, 1024])
+def test_rows_that_are_compared_are_few_and_spread(n):
+    rows = benchmarks._asking_rows(torch.empty(1, 1, n, 1)).tolist()
+    step = -(-n // 128)
+    assert len(rows) == -(-n // step) <= 128
+    assert rows[-1] == n - 1
+    assert rows[0] < step
+    assert rows == sorted(set(rows))
+
+
+def test_the_gradient_asked_for_is_the_same_in_every_dtype():
+    exact = benchmarks._asked(torch.empty(3, 7, dtype=torch.float64))
+    assert set(exact.flatten().tolist()) == {-2, -1, 0, 1, 2}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(benchmarks._asked(torch.empty(3, 7, dtype=dtype)).double(), exact)
+
+
 def test_what_cannot_run_says_why_and_the_others_go_on(device, monkeypatch):
     def refuse(q, k, v, *, is_causal):
         raise RuntimeError("no kernel\nfor this")
