@@ -3,7 +3,17 @@
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
-MODULES = ("address", "assets", "claims", "figures", "mathjax", "notation", "signatures")
+MODULES = (
+    "address",
+    "assets",
+    "claims",
+    "commonly_said",
+    "famous_bugs",
+    "figures",
+    "mathjax",
+    "notation",
+    "signatures",
+)
 
 
 def read_chapters_first(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""Famous bugs of depth: chapters 5 to 7."""

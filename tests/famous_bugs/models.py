@@ -1,0 +1,1 @@
+"""Famous bugs of models: chapters 8 to 10."""

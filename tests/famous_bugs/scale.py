@@ -1,0 +1,1 @@
+"""Famous bugs of scale: chapters 11 to 13."""
