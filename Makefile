@@ -7,7 +7,7 @@ export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := passive
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: help book test notebooks notebooks-all bench gpu gpu-translate lab serve links lint lock clean
+.PHONY: help book test status notebooks notebooks-all bench gpu gpu-translate lab serve links lint lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +23,10 @@ book: .venv/ready ## render the book into _build/html
 	$(BIN)/jupyter-book build . --path-output "$(BUILD)" -W -n --keep-going
 
 test: .venv/ready lint ## run every test: package, notebooks, site
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --junitxml=_build/tests.xml
+
+status: .venv/ready ## keep what the last run of all tests has found, for the page on the book's state
+	$(BIN)/python tools/status.py _build/tests.xml
 
 notebooks: .venv/ready ## run the notebooks whose text has changed and store their outputs
 	$(BIN)/python tools/notebooks.py build

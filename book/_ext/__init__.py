@@ -11,8 +11,10 @@ MODULES = (
     "famous_bugs",
     "figures",
     "mathjax",
+    "names",
     "notation",
     "signatures",
+    "status",
 )
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 import yaml
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from _ext.chapters import chapters
 from _ext.claims import HOLDS, REFUTED
+
+logger = logging.getLogger(__name__)
 
 VERDICTS = {
     "holds": "Holds",
@@ -37,23 +40,24 @@ class CommonlySaid(SphinxDirective):
         counts = (f"{words}: {verdicts.count(name)}." for name, words in VERDICTS.items())
         parts = [nodes.paragraph(text=" ".join(counts))]
         for chapter, rows in table.items():
-            if chapter not in pages:
-                raise self.error(f"commonly_said.yml: there is no chapter {chapter}")
-            name, doctree = pages[chapter]
-            title = next(doctree.findall(nodes.title)).deepcopy()
-            items = (self.item(row_id, row, name, doctree) for row_id, row in rows.items())
+            name, doctree = pages.get(chapter, (chapter, nodes.document("", "")))
+            sections = {i: each for each in doctree.findall(nodes.section) for i in each["ids"]}
+            items = [self.item(row_id, row, name, sections) for row_id, row in rows.items()]
+            title = next(doctree.findall(nodes.title), nodes.title(text=chapter)).deepcopy()
             parts.append(nodes.section("", title, nodes.bullet_list("", *items), ids=[chapter]))
         return parts
 
-    def item(self, row_id: str, row: dict, name: str, doctree: nodes.document) -> nodes.list_item:
+    def item(
+        self, row_id: str, row: dict, name: str, sections: dict[str, nodes.section]
+    ) -> nodes.list_item:
         """Write what is said, the verdict, and a link to where it is settled."""
-        found = [s for s in doctree.findall(nodes.section) if row["section"] in s["ids"]]
-        if not found:
-            raise self.error(f"{row_id}: {name} has no section {row['section']}")
-        shown = settled_by(row, found[0])
-        if not shown:
-            raise self.error(f"{row_id}: {name}#{row['section']} does not show it: {row}")
-        address = self.env.app.builder.get_relative_uri(self.env.docname, name)
+        place = f"{name}#{row['section']}"
+        shown = []
+        if row["section"] not in sections:
+            logger.warning("%s: there is no section %s", row_id, place)
+        elif not (shown := settled_by(row, sections[row["section"]])):
+            logger.warning("%s: %s does not show %s", row_id, place, row)
+        address = f"{self.env.app.builder.get_relative_uri(self.env.docname, name)}"
         link = nodes.reference("", "", *shown, refuri=f"{address}#{row['section']}", internal=True)
         said, messages = self.parse_inline(row["said"])
         verdict = nodes.strong("", f"{VERDICTS[row['verdict']]}.")

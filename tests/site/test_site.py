@@ -2,12 +2,14 @@
 
 import base64
 import gzip
+import inspect
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -20,6 +22,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
+from famous_bugs.bug import PARTS, bugs_of
 from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +32,7 @@ FILES = [TOC["root"], *(c["file"] for part in TOC["parts"] for c in part["chapte
 CHAPTERS = sorted(f"notebooks/{path.stem}" for path in (ROOT / "notebooks").glob("*.ipynb"))
 PAGES = [f"{file}.html" for file in FILES] + ["search.html"]
 JUPYTER_BOOK = Path(sys.executable).with_name("jupyter-book")
+EXTENSIONS = {"local_extensions": {"_ext": str(ROOT / "book")}}
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
@@ -298,6 +302,73 @@ def test_claims_are_those_that_the_chapters_print(browser: Browser, origin: str)
     assert count == f"{len(printed) - refuted} claims hold. {refuted} common claims do not."
 
 
+NUMBERS = {"A": 90, "B": 60, "C": 20, "D": 43}
+
+
+def test_what_is_commonly_said_is_settled(browser: Browser, origin: str) -> None:
+    """Each row has its place; that it leads to a section is what the build checks."""
+    with visit(browser, f"{origin}book/commonly_said.html") as (page, _):
+        ids = page.locator(".said").evaluate_all("items => items.map(i => i.id)")
+        text = page.locator(".said strong").all_text_contents()
+    assert sorted(ids) == [
+        f"{s.lower()}-{i:02}" for s, n in NUMBERS.items() for i in range(1, n + 1)
+    ]
+    assert {"Holds.", "Depends.", "Not so.", "Cannot be checked."} == set(text)
+
+
+def test_what_is_no_longer_settled_fails_the_build(tmp_path: Path) -> None:
+    """A chapter, a section or what it shows may go only with the row that counts on it."""
+    row = "{said: It is so, verdict: holds, section: a-section, text: is shown here}"
+    lost = {
+        "A-02: there is no section notebooks/01_a#gone": row.replace("a-section", "gone"),
+        "A-03: notebooks/01_a#a-section does not show": row.replace("shown", "hidden"),
+        "A-04: notebooks/01_a#a-section does not show": row.replace("text", "cell"),
+        "A-05: notebooks/01_a#a-section does not show": row.replace("text", "source"),
+    }
+    rows = [f"{problem[:4]}: {row}" for problem, row in lost.items()]
+    table = f"01_a: {{A-01: {row}, {', '.join(rows)}}}\n02_b: {{A-06: {row}}}"
+    lost["A-06: there is no section 02_b#a-section"] = row
+    files = {
+        "_toc.yml": "{format: jb-book, root: book/said, chapters: [{file: notebooks/01_a}]}",
+        "_config.yml": yaml.safe_dump({"sphinx": EXTENSIONS}),
+        "book/said.md": "# Said\n\n```{commonly-said}\n```\n",
+        "book/commonly_said.yml": table,
+        "notebooks/01_a.md": "# A\n\n## A section\n\nIt is shown here.\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(AssertionError) as said:
+        run(JUPYTER_BOOK, "build", tmp_path, "-W", "--keep-going")
+    assert [problem for problem in lost if problem not in str(said.value)] == []
+    assert "A-01: " not in str(said.value)
+
+
+def test_famous_bugs_are_those_of_the_tests(browser: Browser, origin: str) -> None:
+    bugs = [bug for part in PARTS for bug in bugs_of(part)]
+    with visit(browser, f"{origin}book/famous_bugs.html") as (page, _):
+        titles = page.locator("article h3").evaluate_all("all => all.map(h => h.firstChild.data)")
+        codes = page.locator("article pre").all_text_contents()
+    assert titles == [inspect.getdoc(bug).splitlines()[0] for bug in bugs]
+    for bug in bugs:
+        for name in ("wrong", "right", "test"):
+            assert textwrap.dedent(inspect.getsource(getattr(bug, name))) in codes
+
+
+def test_status_shows_the_recorded_runs(browser: Browser, origin: str) -> None:
+    runs = [json.loads(path.read_text()) for path in sorted((ROOT / "book/status").glob("*.json"))]
+    with visit(browser, f"{origin}book/status.html") as (page, _):
+        tests, notebooks, gpu = page.locator("article table").all()
+        assert tests.locator("th").all_text_contents()[1:] == [
+            f"Python {run['python']}, PyTorch {run['torch']}" for run in runs
+        ]
+        rows = [row.locator("td").all_text_contents() for row in notebooks.locator("tr").all()[1:]]
+        times = {Path(name).stem: row[1:] for name, row in zip(CHAPTERS, rows, strict=False)}
+        assert gpu.locator("td").first.inner_text()
+    for name, shown in times.items():
+        assert shown == [str(run["notebooks"].get(name, "not run")) for run in runs]
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_chapter_opens_elsewhere(browser: Browser, site: Path, origin: str, chapter: str) -> None:
     repository = CONFIG["repository"]["url"].removeprefix("https://github.com/")
@@ -384,7 +455,6 @@ def test_image_without_alt_text_fails_the_build(tmp_path: Path) -> None:
     (tmp_path / "_toc.yml").write_text("{format: jb-book, root: page}")
     (tmp_path / "page.md").write_text("# Page\n\n![](dot.svg)\n")
     (tmp_path / "dot.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
-    config = {"sphinx": {"local_extensions": {"_ext": str(ROOT / "book")}}}
-    (tmp_path / "_config.yml").write_text(yaml.safe_dump(config))
+    (tmp_path / "_config.yml").write_text(yaml.safe_dump({"sphinx": EXTENSIONS}))
     with pytest.raises(AssertionError, match="image without alt text"):
         run(JUPYTER_BOOK, "build", tmp_path, "-W", "--keep-going")
