@@ -66,4 +66,4 @@ lock: ## write the versions that are installed into constraints.txt
 	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
 clean: ## delete all that was built, the environment too
-	rm -rf .venv _build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
