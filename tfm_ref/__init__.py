@@ -23,7 +23,7 @@ from tfm_ref.checkpoints import (
 )
 from tfm_ref.claims import attempt, check, refute
 from tfm_ref.config import Experts, Latent, TransformerConfig
-from tfm_ref.convert import config_from_hf, from_hf, load_safetensors, pool_kv_heads, to_hf
+from tfm_ref.convert import config_from_hf, from_hf, load_safetensors, to_hf
 from tfm_ref.data import (
     Pair,
     Split,
@@ -102,6 +102,7 @@ from tfm_ref.training import (
     padding_share,
     set_seed,
 )
+from tfm_ref.uptraining import pool_kv_heads
 from tfm_ref.zoo import MODELS, count_parameters, full_size, kv_cache_bytes
 
 __version__ = "0.1.0"
