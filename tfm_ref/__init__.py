@@ -92,6 +92,7 @@ from tfm_ref.rotary import (
     RotaryPositions,
     YaRNScaling,
 )
+from tfm_ref.sizes import count_parameters, kv_cache_bytes
 from tfm_ref.tokenizer import BPETokenizer, bpe_merges, train_bpe
 from tfm_ref.training import (
     Batch,
@@ -103,7 +104,7 @@ from tfm_ref.training import (
     set_seed,
 )
 from tfm_ref.uptraining import pool_kv_heads
-from tfm_ref.zoo import MODELS, count_parameters, full_size, kv_cache_bytes
+from tfm_ref.zoo import MODELS, full_size
 
 __version__ = "0.1.0"
 __all__ = [

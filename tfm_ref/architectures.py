@@ -79,6 +79,8 @@ LLAMA = {
     "gated": True,
     "feed_forward_bias": False,
 }
+LLAMA3 = LLAMA | {"rope_theta": 500_000.0, "n_kv_heads": 8}
+MIXTRAL = LLAMA | {"rope_theta": 1e6, "n_kv_heads": 8}
 PALM = LLAMA | {
     "norm": "layer_norm_no_bias",
     "parallel": True,
@@ -87,7 +89,12 @@ PALM = LLAMA | {
     "scale_logits": True,
 }
 QWEN2 = LLAMA | {"norm_eps": 1e-6, "attention_bias": "qkv"}
-QWEN3 = LLAMA | {"norm_eps": 1e-6, "qk_norm": "rms_norm"}
+QWEN3 = LLAMA | {
+    "rope_theta": 1e6,
+    "norm_eps": 1e-6,
+    "head_dim": 128,
+    "qk_norm": "rms_norm",
+}
 GEMMA = LLAMA | {
     "scale_embeddings": True,
     "tied_embeddings": True,
