@@ -57,6 +57,7 @@ from tfm_ref.generation import (
 )
 from tfm_ref.latent import LatentAttention
 from tfm_ref.layers import Block, FeedForward, RMSNorm
+from tfm_ref.maps import attention_maps
 from tfm_ref.masks import (
     causal_mask,
     chunked_mask,
@@ -64,14 +65,7 @@ from tfm_ref.masks import (
     prefix_mask,
     sliding_window_mask,
 )
-from tfm_ref.models import (
-    DecoderLM,
-    Encoder,
-    EncoderDecoder,
-    Stack,
-    attention_maps,
-    build,
-)
+from tfm_ref.models import DecoderLM, Encoder, EncoderDecoder, build
 from tfm_ref.moe import ExpertChoiceRouter, MoELayer, Router, Routing
 from tfm_ref.multi_head import MultiHeadAttention, fused_attention
 from tfm_ref.positions import (
@@ -93,6 +87,7 @@ from tfm_ref.rotary import (
     YaRNScaling,
 )
 from tfm_ref.sizes import count_parameters, kv_cache_bytes
+from tfm_ref.stack import Stack
 from tfm_ref.tokenizer import BPETokenizer, bpe_merges, train_bpe
 from tfm_ref.training import (
     Batch,

@@ -14,9 +14,7 @@ from tfm_ref.config import TransformerConfig
 from tfm_ref.families import family_of
 from tfm_ref.families.family import Family, HFConfig
 from tfm_ref.families.names import read_names
-from tfm_ref.models import DecoderLM, Encoder, EncoderDecoder, build
-
-Model = Encoder | DecoderLM | EncoderDecoder
+from tfm_ref.models import Model, build
 
 
 def config_from_hf(hf: Mapping[str, object]) -> TransformerConfig:

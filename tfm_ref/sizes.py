@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tfm_ref.models import DecoderLM, Encoder, EncoderDecoder
+from tfm_ref.models import DecoderLM, EncoderDecoder, Model
 from tfm_ref.moe import MoELayer
 from tfm_ref.validation import check_size
 
@@ -33,7 +33,7 @@ class ParameterCount(NamedTuple):
         return self.active - (self.embedding if self.head else 0)
 
 
-def count_parameters(model: Encoder | DecoderLM | EncoderDecoder) -> ParameterCount:
+def count_parameters(model: Model) -> ParameterCount:
     """Count the parameters of a model that was built.
 
     Args:

@@ -26,7 +26,7 @@ from tfm_ref.architectures import (
     T5,
 )
 from tfm_ref.config import Experts, Latent, TransformerConfig
-from tfm_ref.models import DecoderLM, Encoder, EncoderDecoder, build
+from tfm_ref.models import Model, build
 from tfm_ref.positions import QueryScaling
 from tfm_ref.rotary import LinearScaling, Llama3Scaling, YaRNScaling
 from tfm_ref.validation import check_choice
@@ -376,7 +376,7 @@ MODELS = {  # sizes: layers, d_model, heads, d_ff, vocabulary, longest sequence
 """The models by name, oldest family first."""
 
 
-def full_size(name: str) -> Encoder | DecoderLM | EncoderDecoder:
+def full_size(name: str) -> Model:
     """Build a model with its full sizes and without memory: on the meta device.
 
     Args:
