@@ -41,7 +41,7 @@ MODULES = [
     f"tfm_ref.{name}"
     for name in (
         "attention cache checkpoints config embedding generation layers masks models multi_head "
-        "positions stack tokenizer training"
+        "positions rules stack tokenizer training"
     ).split()
 ]
 
