@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
+from tfm_ref.attention_checks import check_mask
 from tfm_ref.cache import StackCache
 from tfm_ref.config import TransformerConfig
 from tfm_ref.masks import chunked_mask, sliding_window_mask
-from tfm_ref.validation import check_mask
 
 
 class Stack(nn.Module):
