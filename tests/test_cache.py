@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import redraw, tiny
+from small_models import made
 from torch.testing import assert_close
 
 from tfm_ref import (
@@ -19,14 +20,13 @@ from tfm_ref import (
     RollingCache,
     TransformerConfig,
     attention_maps,
-    build,
     kv_cache_bytes,
     padding_mask,
     sliding_window_mask,
 )
 from tfm_ref.config import Latent
-from tfm_ref.models import Stack
 from tfm_ref.multi_head import BACKENDS
+from tfm_ref.stack import Stack
 
 SIZES = {"vocab_size": 13, "d_model": 24, "n_layers": 2, "n_heads": 4, "d_ff": 10}
 CONFIG = TransformerConfig(**SIZES, positions="alibi", window=4, global_every=2, n_kv_heads=2)
@@ -39,11 +39,6 @@ B, N, M = 2, 11, 7
 
 def ids(length, seed=0, batch=B):
     return torch.randint(0, 13, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def made(config):
-    """Build a model with weights that all matter, in float64."""
-    return redraw(build(config)).double().eval()
 
 
 def runner(model):

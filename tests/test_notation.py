@@ -10,7 +10,7 @@ import torch
 import tfm_ref
 from tfm_ref.notation import AXES, SYMBOLS, Axis
 
-MODULES = sorted(Path(tfm_ref.__file__).parent.glob("*.py"))
+MODULES = sorted(Path(tfm_ref.__file__).parent.rglob("*.py"))
 PATTERNS = {"einsum", "rearrange", "reduce", "repeat"}
 
 

@@ -23,7 +23,7 @@ from tfm_ref.checkpoints import (
 )
 from tfm_ref.claims import attempt, check, refute
 from tfm_ref.config import Experts, Latent, TransformerConfig
-from tfm_ref.convert import config_from_hf, from_hf, load_safetensors, pool_kv_heads, to_hf
+from tfm_ref.convert import config_from_hf, from_hf, load_safetensors, to_hf
 from tfm_ref.data import (
     Pair,
     Split,
@@ -57,6 +57,7 @@ from tfm_ref.generation import (
 )
 from tfm_ref.latent import LatentAttention
 from tfm_ref.layers import Block, FeedForward, RMSNorm
+from tfm_ref.maps import attention_maps
 from tfm_ref.masks import (
     causal_mask,
     chunked_mask,
@@ -64,14 +65,7 @@ from tfm_ref.masks import (
     prefix_mask,
     sliding_window_mask,
 )
-from tfm_ref.models import (
-    DecoderLM,
-    Encoder,
-    EncoderDecoder,
-    Stack,
-    attention_maps,
-    build,
-)
+from tfm_ref.models import DecoderLM, Encoder, EncoderDecoder, build
 from tfm_ref.moe import ExpertChoiceRouter, MoELayer, Router, Routing
 from tfm_ref.multi_head import MultiHeadAttention, fused_attention
 from tfm_ref.positions import (
@@ -92,6 +86,8 @@ from tfm_ref.rotary import (
     RotaryPositions,
     YaRNScaling,
 )
+from tfm_ref.sizes import count_parameters, kv_cache_bytes
+from tfm_ref.stack import Stack
 from tfm_ref.tokenizer import BPETokenizer, bpe_merges, train_bpe
 from tfm_ref.training import (
     Batch,
@@ -102,7 +98,8 @@ from tfm_ref.training import (
     padding_share,
     set_seed,
 )
-from tfm_ref.zoo import MODELS, count_parameters, full_size, kv_cache_bytes
+from tfm_ref.uptraining import pool_kv_heads
+from tfm_ref.zoo import MODELS, full_size
 
 __version__ = "0.1.0"
 __all__ = [

@@ -6,17 +6,9 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from tfm_ref.attention_checks import check_bias, check_mask, check_qkv, check_sinks
 from tfm_ref.masks import causal_mask
-from tfm_ref.validation import (
-    check_bias,
-    check_dropout,
-    check_mask,
-    check_qkv,
-    check_sinks,
-    check_size,
-    check_softcap,
-    check_tokens,
-)
+from tfm_ref.validation import check_dropout, check_size, check_softcap, check_tokens
 
 
 def attention_weights(

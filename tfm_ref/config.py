@@ -20,7 +20,8 @@ from tfm_ref.positions import (
     T5Bias,
 )
 from tfm_ref.rotary import RopeScaling, RotaryPositions
-from tfm_ref.validation import check_choice, check_dropout, check_size, check_softcap
+from tfm_ref.rules import check_rules
+from tfm_ref.validation import check_choice, check_size
 
 NORMS = {
     "layer_norm": nn.LayerNorm,
@@ -51,25 +52,6 @@ POSITIONS = {
     ),
 }
 """The schemes of positions, by name; each is made from a config."""
-
-RULES = [
-    (("first_position",), "positions", "learned"),
-    (("sinusoid_halves",), "positions", "sinusoidal"),
-    (("rope_theta", "rope_dim", "rope_interleaved", "rope_scaling"), "positions", "rope"),
-    (("t5_buckets", "t5_max_distance"), "positions", "t5"),
-    (("local_rope_theta",), "positions", "rope"),
-    (("local_rope_theta", "global_positions", "global_qk_norm"), "global_every", ...),
-    (("global_qk_norm",), "qk_norm", ...),
-    (("chunked", "global_every", "n_first"), "window", ...),
-    (("n_first",), "chunked", False),
-    (("window", "n_encoder_layers"), "is_causal", True),
-    (("pooler",), "is_causal", False),
-    (("parallel",), "norm_placement", "pre"),
-    (("parallel", "latent", "window", "n_segments"), "n_encoder_layers", 0),
-    (("n_kv_heads", "rope_dim", "qk_norm", "attention_softcap", "sinks"), "latent", None),
-    (("latent",), "positions", "rope"),
-]
-"""The fields on the left need the choice on the right; ``...`` is any that is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,15 +243,7 @@ class TransformerConfig:
             value = getattr(self, field.name)
             if field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{field.name} must be True or False; got {value!r}")
-        for names, choice, wanted in RULES:
-            got = getattr(self, choice)
-            if got == wanted or (wanted is ... and got is not None):
-                continue
-            needs = f"{choice} to be given" if wanted is ... else f"{choice} = {wanted!r}"
-            for name in names:
-                value = getattr(self, name)
-                if value != type(self).__dataclass_fields__[name].default:
-                    raise ValueError(f"{name} = {value!r} needs {needs}; got {got!r}")
+        check_rules(vars(self), {field.name: field.default for field in fields(self)})
         for name, known in {
             "positions": POSITIONS,
             "norm": NORMS,
@@ -279,37 +253,12 @@ class TransformerConfig:
             check_choice(name, getattr(self, name), known)
         if self.qk_norm is not None:
             check_choice("qk_norm", self.qk_norm, NORMS)
-        for name in "vocab_size", "n_layers":
-            check_size(name, getattr(self, name))
-        for name in "n_encoder_layers", "n_segments", "first_position", "n_first":
-            check_size(name, getattr(self, name), least=0)
-        for name in "max_seq_len", "window", "global_every":
-            if getattr(self, name) is not None:
-                check_size(name, getattr(self, name))
-        if self.positions == "learned" and self.max_seq_len is None:
-            raise ValueError("positions = 'learned' needs max_seq_len to be given; got None")
-        if self.logit_softcap is not None:
-            check_softcap(self.logit_softcap)
-        if self.experts is not None:
-            n_dense = self.experts.n_dense_layers
-            check_size("n_dense_layers", n_dense, least=0, most=self.n_layers)
-            check_size("every", self.experts.every)
         n_dense = sum(not self.has_experts(layer) for layer in range(self.n_layers))
         if (self.d_ff is None) != (n_dense == 0):
             raise ValueError(
                 "d_ff must be given if and only if some layer has a plain feed-forward; "
                 f"got d_ff {self.d_ff} and {n_dense} such layers"
             )
-        if self.latent is not None and (
-            self.head_dim is None or not isinstance(self.attention_bias, bool)
-        ):
-            raise ValueError(
-                "latent attention needs head_dim to be given, and attention_bias to be True or "
-                f"False; got {self.head_dim} and {self.attention_bias!r}"
-            )
-        if not self.norm_eps >= 0:
-            raise ValueError(f"norm_eps must be at least 0; got {self.norm_eps}")
-        check_dropout(self.dropout)
         with torch.device("meta"):  # what a layer refuses is refused here
             for layer in {0, self.n_layers - 1}:
                 attention = self.new_block(layer).attention

@@ -8,15 +8,8 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from tfm_ref.validation import (
-    check_bias,
-    check_dropout,
-    check_mask,
-    check_qkv,
-    check_sinks,
-    check_size,
-    check_softcap,
-)
+from tfm_ref.attention_checks import check_bias, check_mask, check_qkv, check_sinks
+from tfm_ref.validation import check_dropout, check_size, check_softcap
 
 
 class PartialSoftmax(NamedTuple):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tfm_ref.validation import check_dropout, check_qkv
+from tfm_ref.attention_checks import check_qkv
+from tfm_ref.validation import check_dropout
 
 
 class Configuration(NamedTuple):

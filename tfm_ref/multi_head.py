@@ -9,22 +9,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tfm_ref.attention import attention_weights, scaled_dot_product_attention
-from tfm_ref.cache import KVCache
-from tfm_ref.flash import tiled_attention
-from tfm_ref.flash_triton import triton_attention
-from tfm_ref.masks import causal_mask
-from tfm_ref.validation import (
+from tfm_ref.attention_checks import (
     check_bias,
-    check_choice,
-    check_dropout,
     check_mask,
     check_qkv,
     check_query_scale,
     check_sinks,
-    check_size,
-    check_softcap,
-    check_tokens,
 )
+from tfm_ref.cache import KVCache
+from tfm_ref.flash import tiled_attention
+from tfm_ref.flash_triton import triton_attention
+from tfm_ref.masks import causal_mask
+from tfm_ref.validation import check_choice, check_dropout, check_size, check_softcap, check_tokens
 
 
 def fused_attention(

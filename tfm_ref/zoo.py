@@ -6,138 +6,30 @@ from typing import NamedTuple
 
 import torch
 
+from tfm_ref.architectures import (
+    BART,
+    BERT,
+    BLOOM,
+    DEEPSEEK,
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    GPT_OSS,
+    LLAMA,
+    LLAMA3,
+    LLAMA4,
+    MIXTRAL,
+    MPT,
+    PALM,
+    QWEN2,
+    QWEN3,
+    T5,
+)
 from tfm_ref.config import Experts, Latent, TransformerConfig
-from tfm_ref.models import DecoderLM, Encoder, EncoderDecoder, build
-from tfm_ref.moe import MoELayer
+from tfm_ref.models import Model, build
 from tfm_ref.positions import QueryScaling
 from tfm_ref.rotary import LinearScaling, Llama3Scaling, YaRNScaling
-from tfm_ref.validation import check_choice, check_size
-
-# What the models of a family have in common, beyond what the paper of 2017 does.
-GPT2 = {
-    "positions": "learned",
-    "scale_embeddings": False,
-    "norm_placement": "pre",
-    "attention_bias": True,
-    "activation": "gelu_tanh",
-}
-BERT = {
-    "is_causal": False,
-    "positions": "learned",
-    "scale_embeddings": False,
-    "embedding_norm": True,
-    "head_transform": True,
-    "head_bias": True,
-    "attention_bias": True,
-    "activation": "gelu",
-}
-T5 = {
-    "positions": "t5",
-    "scale_embeddings": False,
-    "scale_logits": True,
-    "norm": "rms_norm",
-    "norm_eps": 1e-6,
-    "norm_placement": "pre",
-    "attention_scale": 1.0,
-    "feed_forward_bias": False,
-}
-T5_V1_1 = T5 | {
-    "tied_embeddings": False,
-    "scale_logits": False,
-    "activation": "gelu_tanh",
-    "gated": True,
-}
-BART = {
-    "positions": "learned",
-    "first_position": 2,
-    "scale_embeddings": False,
-    "embedding_norm": True,
-    "attention_bias": True,
-    "activation": "gelu",
-}
-MARIAN = {
-    "sinusoid_halves": True,
-    "head_bias": True,
-    "attention_bias": True,
-    "activation": "silu",
-}
-BLOOM = {
-    "positions": "alibi",
-    "scale_embeddings": False,
-    "embedding_norm": True,
-    "norm_placement": "pre",
-    "attention_bias": True,
-    "activation": "gelu_tanh",
-}
-MPT = {
-    "positions": "alibi",
-    "scale_embeddings": False,
-    "norm": "layer_norm_no_bias",
-    "norm_placement": "pre",
-    "activation": "gelu",
-    "feed_forward_bias": False,
-}
-FALCON = {
-    "positions": "rope",
-    "scale_embeddings": False,
-    "norm_placement": "pre",
-    "parallel": True,
-    "n_kv_heads": 1,
-    "activation": "gelu",
-    "feed_forward_bias": False,
-}
-LLAMA = {
-    "positions": "rope",
-    "scale_embeddings": False,
-    "tied_embeddings": False,
-    "norm": "rms_norm",
-    "norm_placement": "pre",
-    "activation": "silu",
-    "gated": True,
-    "feed_forward_bias": False,
-}
-PALM = LLAMA | {
-    "norm": "layer_norm_no_bias",
-    "parallel": True,
-    "n_kv_heads": 1,
-    "tied_embeddings": True,
-    "scale_logits": True,
-}
-QWEN2 = LLAMA | {"norm_eps": 1e-6, "attention_bias": "qkv"}
-QWEN3 = LLAMA | {"norm_eps": 1e-6, "qk_norm": "rms_norm"}
-GEMMA = LLAMA | {
-    "scale_embeddings": True,
-    "tied_embeddings": True,
-    "norm_eps": 1e-6,
-    "norm_placement": "both",
-    "activation": "gelu_tanh",
-}
-GEMMA2 = GEMMA | {
-    "logit_softcap": 30.0,
-    "attention_softcap": 50.0,
-    "window": 4096,
-    "global_every": 2,
-}
-GEMMA3 = GEMMA | {
-    "qk_norm": "rms_norm",
-    "rope_theta": 1e6,
-    "local_rope_theta": 10_000.0,
-    "global_every": 6,
-}
-LLAMA4 = LLAMA | {
-    "rope_interleaved": True,
-    "chunked": True,
-    "global_positions": False,
-}
-GPT_OSS = LLAMA | {
-    "attention_bias": True,
-    "sinks": True,
-    "window": 128,
-    "global_every": 2,
-    "activation": "swiglu_clamped",
-    "feed_forward_bias": True,
-}
-DEEPSEEK = LLAMA | {"norm_eps": 1e-6, "rope_interleaved": True}
+from tfm_ref.validation import check_choice
 
 
 class PublicModel(NamedTuple):
@@ -293,30 +185,14 @@ MODELS = {  # sizes: layers, d_model, heads, d_ff, vocabulary, longest sequence
     "Llama-2-70B": _model(
         "70B", LLAMA2_CARD, LLAMA, (80, 8192, 64, 28672, 32000, 4096), n_kv_heads=8
     ),
-    "Llama-3-8B": _model(
-        "8B",
-        LLAMA3_CARD,
-        LLAMA,
-        (32, 4096, 32, 14336, 128256, 8192),
-        rope_theta=500_000.0,
-        n_kv_heads=8,
-    ),
-    "Llama-3-70B": _model(
-        "70B",
-        LLAMA3_CARD,
-        LLAMA,
-        (80, 8192, 64, 28672, 128256, 8192),
-        rope_theta=500_000.0,
-        n_kv_heads=8,
-    ),
+    "Llama-3-8B": _model("8B", LLAMA3_CARD, LLAMA3, (32, 4096, 32, 14336, 128256, 8192)),
+    "Llama-3-70B": _model("70B", LLAMA3_CARD, LLAMA3, (80, 8192, 64, 28672, 128256, 8192)),
     "Llama-3.1-405B": _model(
         "405B",
         f"{LITGPT}; meta-llama/llama-models models/llama3/model.py",
-        LLAMA,
+        LLAMA3,
         (126, 16384, 128, 53248, 128256, 131072),
-        rope_theta=500_000.0,
         rope_scaling=Llama3Scaling(),
-        n_kv_heads=8,
     ),
     "Mistral-7B-v0.1": _model(
         "7B", LITGPT, LLAMA, (32, 4096, 32, 14336, 32000, 32768), n_kv_heads=8, window=4096
@@ -334,9 +210,7 @@ MODELS = {  # sizes: layers, d_model, heads, d_ff, vocabulary, longest sequence
         f"{LITGPT}; Qwen3 Technical Report, Table 1; model card of Qwen3-8B",
         QWEN3,
         (36, 4096, 32, 12288, 151936, 40960),
-        rope_theta=1_000_000.0,
         n_kv_heads=8,
-        head_dim=128,
     ),
     "DeepSeek-LLM-67B": _model(
         "67B",
@@ -397,10 +271,8 @@ MODELS = {  # sizes: layers, d_model, heads, d_ff, vocabulary, longest sequence
     "Mixtral-8x7B": _model(
         "47B",
         f"{LITGPT}; arXiv 2401.04088",
-        LLAMA,
+        MIXTRAL,
         (32, 4096, 32, None, 32000, 32768),
-        rope_theta=1_000_000.0,
-        n_kv_heads=8,
         experts=Experts(d_ff=14336, n_experts=8, top_k=2),
         active="13B",
     ),
@@ -408,10 +280,8 @@ MODELS = {  # sizes: layers, d_model, heads, d_ff, vocabulary, longest sequence
         "141B",
         "huggingface.co/mistral-community/Mixtral-8x22B-v0.1 config.json; DeepSeek-V2 "
         "report, Table 2",
-        LLAMA,
+        MIXTRAL,
         (56, 6144, 48, None, 32000, 65536),
-        rope_theta=1_000_000.0,
-        n_kv_heads=8,
         experts=Experts(d_ff=16384, n_experts=8, top_k=2),
         active="39B",
     ),
@@ -420,9 +290,7 @@ MODELS = {  # sizes: layers, d_model, heads, d_ff, vocabulary, longest sequence
         f"{LITGPT}; Qwen3 Technical Report, Table 2",
         QWEN3,
         (94, 4096, 64, None, 151936, 40960),
-        rope_theta=1_000_000.0,
         n_kv_heads=4,
-        head_dim=128,
         experts=Experts(d_ff=1536, n_experts=128, top_k=8),
         active="22B",
     ),
@@ -508,7 +376,7 @@ MODELS = {  # sizes: layers, d_model, heads, d_ff, vocabulary, longest sequence
 """The models by name, oldest family first."""
 
 
-def full_size(name: str) -> Encoder | DecoderLM | EncoderDecoder:
+def full_size(name: str) -> Model:
     """Build a model with its full sizes and without memory: on the meta device.
 
     Args:
@@ -518,100 +386,9 @@ def full_size(name: str) -> Encoder | DecoderLM | EncoderDecoder:
         ValueError: if there is no such model.
 
     Example:
-        >>> count_parameters(full_size("Mixtral-8x22B")).total
-        140620634112
+        >>> full_size("Mixtral-8x22B").head.proj.weight.shape
+        torch.Size([32000, 6144])
     """
     check_choice("name", name, MODELS)
     with torch.device("meta"):
         return build(MODELS[name].config)
-
-
-class ParameterCount(NamedTuple):
-    """Numbers of parameters; one that serves in two places counts once.
-
-    Args:
-        total: all.
-        active: those that one token uses: of the experts, only the chosen.
-        embedding: those of the table that is looked up at the entrance.
-        head: those of the matrix that makes the logits; 0 if it is that table.
-    """
-
-    total: int
-    active: int
-    embedding: int
-    head: int
-
-    @property
-    def without_embeddings(self) -> int:
-        """Leave out the table, and the matrix of the logits."""
-        return self.total - self.embedding - self.head
-
-    @property
-    def active_without_lookup(self) -> int:
-        """Leave out of the active ones a table that is only looked up, never multiplied."""
-        return self.active - (self.embedding if self.head else 0)
-
-
-def count_parameters(model: Encoder | DecoderLM | EncoderDecoder) -> ParameterCount:
-    """Count the parameters of a model that was built.
-
-    Args:
-        model: the model, on any device, the meta device too.
-
-    Returns:
-        The counts.
-
-    Example:
-        >>> count = count_parameters(full_size("Llama-2-7B"))
-        >>> count.total, count.without_embeddings
-        (6738415616, 6476271616)
-    """
-    total = sum(p.numel() for p in model.parameters())
-    mixtures = [module for module in model.modules() if isinstance(module, MoELayer)]
-    idle = sum(
-        sum(p.numel() for p in mixture.parameters()) - mixture.active_parameters
-        for mixture in mixtures
-    )
-    table, matrix = model.embedding.tokens.weight, model.head.proj.weight
-    return ParameterCount(
-        total, total - idle, table.numel(), 0 if matrix is table else matrix.numel()
-    )
-
-
-def kv_cache_bytes(
-    model: DecoderLM | EncoderDecoder,
-    length: int = 1,
-    *,
-    source_length: int = 0,
-    bytes_per_number: int = 2,
-) -> int:
-    """Say how many bytes the keys and values of one sequence take, in all layers.
-
-    Args:
-        model: the model, on any device, the meta device too.
-        length: tokens of the sequence; layers with a window remember no more than that, and
-            the first tokens that stay in sight.
-        source_length: tokens of the source that a cross-attention looks at.
-        bytes_per_number: 2 for bfloat16.
-
-    Returns:
-        Bytes for one sequence; with length 1, bytes per token.
-
-    Raises:
-        ValueError: if a length is negative or bytes_per_number is not an integer of at least 1.
-
-    Example:
-        >>> kv_cache_bytes(full_size("Llama-3-8B")) // 1024
-        128
-    """
-    check_size("length", length, least=0)
-    check_size("source_length", source_length, least=0)
-    check_size("bytes_per_number", bytes_per_number)
-    stack = getattr(model, "decoder", None) or model.stack
-    config, numbers = stack.config, 0
-    for layer, block in enumerate(stack.blocks):
-        limit = config.window + config.n_first if config.is_local(layer) else length
-        numbers += min(length, limit) * block.attention.cache_width
-        if block.cross_attention is not None:
-            numbers += source_length * block.cross_attention.cache_width
-    return numbers * bytes_per_number

@@ -22,6 +22,7 @@ from tfm_ref.config import POSITIONS
 D_MODEL = 6
 MODULES = (
     "validation",
+    "attention_checks",
     "masks",
     "attention",
     "cache",
