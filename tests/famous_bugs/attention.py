@@ -107,6 +107,7 @@ class AddedMask(Bug):
     """
 
     chapter = "01_self_attention#when-it-goes-wrong"
+    seen = ("huggingface/transformers#41443", "huggingface/diffusers#14342")
 
     def wrong(q, k, v, mask):
         scores = q @ k.mT * q.shape[-1] ** -0.5
@@ -379,6 +380,7 @@ class WeightsAfterDropout(Bug):
     """
 
     chapter = "02_multi_head_attention#when-it-goes-wrong"
+    seen = ("pytorch/pytorch#42929", "facebookresearch/fairseq#351")
 
     def wrong(q, k, v):
         weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
@@ -410,6 +412,7 @@ class KeyHeadsInTurn(Bug):
     """
 
     chapter = "02_multi_head_attention#when-it-goes-wrong"
+    seen = ("onnx/onnx#7274", "ekzhang/jax-js#180")
 
     def wrong(q, k, v):
         times = q.shape[1] // k.shape[1]
@@ -471,11 +474,12 @@ class AblatedRows(Bug):
 
     To take a head out, set its rows of $W_O$ to 0; `nn.Linear` stores $W_O$ transposed, and they
     are columns there.
-    The matrix is square as a rule, so zeroed rows fail nowhere: all heads lose a few numbers of
-    the output, and no head is gone.
+    Zeroed rows, or zeroed numbers of the output, raise no error: all heads lose a part of what
+    they write, and no head is gone.
     """
 
     chapter = "03_how_many_heads#when-it-goes-wrong"
+    seen = ("ndif-team/nnsight#525", "interp-reasoning/thought-anchors#7")
 
     def wrong(layer, head):
         width = layer.v_head_dim
