@@ -162,12 +162,13 @@ class PaddingWithoutAxes(Bug):
         return scaled_dot_product_attention(q, k, v, mask=mask)[:, 0]
 
     def measure(attention):
-        """The share of all weight that lies on padding"""
-        q, k = torch.randn(2, 4, 4, 8)
-        identity = torch.eye(4).expand(4, 4, 4)
-        padding = torch.arange(4) < torch.tensor([4, 3, 2, 2])[:, None]
+        """The share of weight that a sentence of one token and seven of padding gives to these"""
+        q, k = torch.randn(2, 8, 8, 8)
+        identity = torch.eye(8).expand(8, 8, 8)  # so the output is the weights
+        padding = torch.ones(8, 8).bool()
+        padding[0, 1:] = False
         weights = attention(q, k, identity, padding)
-        return weights[~padding[:, None].expand_as(weights)].sum() / weights.sum()
+        return weights[0, :, 1:].sum() / weights[0].sum()
 
     def test(attention):
         q, k, v = torch.randn(3, 4, 4, 8)
@@ -279,10 +280,9 @@ class SplitWithoutTranspose(Bug):
 
     def test(split):
         x = torch.randn(2, 10, 24)
-        heads = split(x, 4)
-        x = x.clone()
-        x[:, -1] += 1.0
-        moved = (split(x, 4) != heads).any(-1)
+        changed = x.clone()
+        changed[:, -1] += 1.0
+        moved = (split(changed, 4) != split(x, 4)).any(-1)
         assert moved[..., -1].all()
         assert not moved[..., :-1].any()
 
@@ -445,7 +445,7 @@ class CausalPairs(Bug):
     """The operations that nobody does
 
     The formula counts all $n^2$ pairs of a query and a key, a causal kernel skips almost half.
-    Divided by the time, the count gives a speed beyond what the machine can do.
+    Divided by the time, the count can give a speed beyond what the machine is able to do.
     The other factor of 2 is that a multiplication with its addition is 2 FLOPs and 1 MAC.
     """
 
