@@ -13,6 +13,7 @@ from tfm_ref.balance import (
     switch_loss,
     z_loss,
 )
+from tfm_ref.beams import Hypotheses, beam_search
 from tfm_ref.cache import KVCache, RollingCache, StackCache
 from tfm_ref.checkpoints import (
     average_checkpoints,
@@ -46,15 +47,7 @@ from tfm_ref.expert_parallel import (
 )
 from tfm_ref.flash import PartialSoftmax, merge, online_softmax, tiled_attention
 from tfm_ref.flash_triton import triton_attention
-from tfm_ref.generation import (
-    Hypotheses,
-    beam_search,
-    greedy,
-    sample,
-    sampling_probs,
-    top_k_filter,
-    top_p_filter,
-)
+from tfm_ref.generation import Writer, greedy, sample
 from tfm_ref.latent import LatentAttention
 from tfm_ref.layers import Block, FeedForward, RMSNorm
 from tfm_ref.masks import (
@@ -92,6 +85,7 @@ from tfm_ref.rotary import (
     RotaryPositions,
     YaRNScaling,
 )
+from tfm_ref.sampling import sampling_probs, top_k_filter, top_p_filter
 from tfm_ref.tokenizer import BPETokenizer, bpe_merges, train_bpe
 from tfm_ref.training import (
     Batch,
@@ -148,6 +142,7 @@ __all__ = [
     "TokenBatches",
     "TransformerConfig",
     "Vocabulary",
+    "Writer",
     "YaRNScaling",
     "alibi_slopes",
     "attempt",

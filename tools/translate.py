@@ -40,8 +40,8 @@ SPECIALS = ("<pad>", "<bos>", "<eos>")
 MODULES = [
     f"tfm_ref.{name}"
     for name in (
-        "attention cache checkpoints config generation layers masks models multi_head positions "
-        "tokenizer training"
+        "attention beams cache checkpoints config generation layers masks models multi_head "
+        "positions tokenizer training"
     ).split()
 ]
 
