@@ -65,7 +65,7 @@ from tfm_ref.models import (
     attention_maps,
     build,
 )
-from tfm_ref.moe import ExpertChoiceRouter, MoELayer, Router, Routing
+from tfm_ref.moe import MoELayer
 from tfm_ref.multi_head import MultiHeadAttention, fused_attention
 from tfm_ref.positions import (
     ALiBi,
@@ -85,6 +85,7 @@ from tfm_ref.rotary import (
     RotaryPositions,
     YaRNScaling,
 )
+from tfm_ref.routing import ExpertChoiceRouter, Router, Routing
 from tfm_ref.sampling import sampling_probs, top_k_filter, top_p_filter
 from tfm_ref.tokenizer import BPETokenizer, bpe_merges, train_bpe
 from tfm_ref.training import (

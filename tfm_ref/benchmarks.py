@@ -472,7 +472,7 @@ FLASH = ("attention", "flash", "flash_triton", "flash_kernels")
 BENCHMARKS = {
     "attention": Benchmark(attention, FLASH),
     "decode": Benchmark(decode, ("attention", "decode_triton", "decode_kernels")),
-    "experts": Benchmark(experts, ("layers", "moe")),
+    "experts": Benchmark(experts, ("layers", "routing", "grouped", "moe")),
     "choices": Benchmark(choices, ()),
     "plain_benchmark": Benchmark(plain_benchmark, ()),
 }
