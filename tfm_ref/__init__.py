@@ -13,6 +13,7 @@ from tfm_ref.balance import (
     switch_loss,
     z_loss,
 )
+from tfm_ref.batches import Batch, TokenBatches, padding_share
 from tfm_ref.beams import Hypotheses, beam_search
 from tfm_ref.cache import KVCache, RollingCache, StackCache
 from tfm_ref.checkpoints import (
@@ -50,6 +51,7 @@ from tfm_ref.flash_triton import triton_attention
 from tfm_ref.generation import Writer, greedy, sample
 from tfm_ref.latent import LatentAttention
 from tfm_ref.layers import Block, FeedForward, RMSNorm
+from tfm_ref.losses import label_smoothed_cross_entropy
 from tfm_ref.masks import (
     causal_mask,
     chunked_mask,
@@ -87,16 +89,9 @@ from tfm_ref.rotary import (
 )
 from tfm_ref.routing import ExpertChoiceRouter, Router, Routing
 from tfm_ref.sampling import sampling_probs, top_k_filter, top_p_filter
+from tfm_ref.schedules import noam_lr
 from tfm_ref.tokenizer import BPETokenizer, bpe_merges, train_bpe
-from tfm_ref.training import (
-    Batch,
-    TokenBatches,
-    fit,
-    label_smoothed_cross_entropy,
-    noam_lr,
-    padding_share,
-    set_seed,
-)
+from tfm_ref.training import fit, set_seed
 from tfm_ref.zoo import MODELS, count_parameters, full_size, kv_cache_bytes
 
 __version__ = "0.1.0"

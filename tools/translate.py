@@ -40,8 +40,8 @@ SPECIALS = ("<pad>", "<bos>", "<eos>")
 MODULES = [
     f"tfm_ref.{name}"
     for name in (
-        "attention beams cache checkpoints config generation layers masks models multi_head "
-        "positions tokenizer training"
+        "attention batches beams cache checkpoints config generation layers losses masks models "
+        "multi_head positions schedules tokenizer training"
     ).split()
 ]
 
