@@ -69,16 +69,9 @@ from tfm_ref.models import (
 )
 from tfm_ref.moe import MoELayer
 from tfm_ref.multi_head import MultiHeadAttention, fused_attention
-from tfm_ref.positions import (
-    ALiBi,
-    LearnedPositions,
-    PositionScheme,
-    QueryScaling,
-    SinusoidalPositions,
-    T5Bias,
-    alibi_slopes,
-    sinusoidal_encoding,
-)
+from tfm_ref.position_biases import ALiBi, T5Bias, alibi_slopes
+from tfm_ref.position_embeddings import LearnedPositions, SinusoidalPositions, sinusoidal_encoding
+from tfm_ref.positions import PositionScheme, QueryScaling
 from tfm_ref.progress import progress
 from tfm_ref.rotary import (
     LinearScaling,

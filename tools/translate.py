@@ -41,7 +41,7 @@ MODULES = [
     f"tfm_ref.{name}"
     for name in (
         "attention batches beams cache checkpoints config generation layers losses masks models "
-        "multi_head positions schedules tokenizer training"
+        "multi_head position_embeddings positions schedules tokenizer training"
     ).split()
 ]
 
