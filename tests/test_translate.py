@@ -10,7 +10,7 @@ import torch
 from oracles import SAMPLE
 
 from tfm_ref import read_pairs
-from tfm_ref.bench import load_record, new_record, save_record
+from tfm_ref.records import load_record, new_record, save_record
 
 PATH = Path(__file__).parents[1] / "tools/translate.py"
 

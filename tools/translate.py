@@ -32,8 +32,9 @@ from tfm_ref import (
     noam_lr,
     train_bpe,
 )
-from tfm_ref.bench import matmul_peak, new_record, save_record, synchronize
+from tfm_ref.bench import matmul_peak, synchronize
 from tfm_ref.checkpoints import load_weights
+from tfm_ref.records import new_record, save_record
 from tfm_ref.training import set_seed
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
