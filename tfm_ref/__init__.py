@@ -15,6 +15,7 @@ from tfm_ref.balance import (
 )
 from tfm_ref.batches import Batch, TokenBatches, padding_share
 from tfm_ref.beams import Hypotheses, beam_search
+from tfm_ref.bpe import bpe_merges, train_bpe
 from tfm_ref.cache import KVCache, RollingCache, StackCache
 from tfm_ref.checkpoints import (
     average_checkpoints,
@@ -83,7 +84,7 @@ from tfm_ref.rotary import (
 from tfm_ref.routing import ExpertChoiceRouter, Router, Routing
 from tfm_ref.sampling import sampling_probs, top_k_filter, top_p_filter
 from tfm_ref.schedules import noam_lr
-from tfm_ref.tokenizer import BPETokenizer, bpe_merges, train_bpe
+from tfm_ref.tokenizer import BPETokenizer
 from tfm_ref.training import fit, set_seed
 from tfm_ref.zoo import MODELS, count_parameters, full_size, kv_cache_bytes
 

@@ -41,8 +41,8 @@ SPECIALS = ("<pad>", "<bos>", "<eos>")
 MODULES = [
     f"tfm_ref.{name}"
     for name in (
-        "attention batches beams cache checkpoints config generation layers losses masks models "
-        "multi_head position_embeddings positions schedules tokenizer training"
+        "attention batches beams bpe cache checkpoints config generation layers losses masks "
+        "models multi_head position_embeddings positions pretokens schedules tokenizer training"
     ).split()
 ]
 
