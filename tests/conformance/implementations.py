@@ -28,6 +28,7 @@ MODULES = (
     "flash",
     "multi_head",
     "positions",
+    "position_biases",
     "rotary",
     "layers",
     "latent",
@@ -436,7 +437,7 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
 
     rotary = partial(package.rotary.RotaryPositions, head_dim=4)
     alibi, t5 = (
-        partial(getattr(package.positions, name), n_heads=4) for name in ("ALiBi", "T5Bias")
+        partial(getattr(package.position_biases, name), n_heads=4) for name in ("ALiBi", "T5Bias")
     )
     return [
         Implementation("SelfAttention", lambda: one(d_model=D_MODEL), pad, lacks=alone),
