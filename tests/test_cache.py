@@ -24,9 +24,9 @@ from tfm_ref import (
     padding_mask,
     sliding_window_mask,
 )
+from tfm_ref.backends import BACKENDS
 from tfm_ref.config import Latent
 from tfm_ref.models import Stack
-from tfm_ref.multi_head import BACKENDS
 
 SIZES = {"vocab_size": 13, "d_model": 24, "n_layers": 2, "n_heads": 4, "d_ff": 10}
 CONFIG = TransformerConfig(**SIZES, positions="alibi", window=4, global_every=2, n_kv_heads=2)

@@ -49,6 +49,7 @@ from tfm_ref.expert_parallel import (
 )
 from tfm_ref.flash import PartialSoftmax, merge, online_softmax, tiled_attention
 from tfm_ref.flash_triton import triton_attention
+from tfm_ref.fused import fused_attention
 from tfm_ref.generation import Writer, greedy, sample
 from tfm_ref.latent import LatentAttention
 from tfm_ref.layers import Block, FeedForward, RMSNorm
@@ -69,7 +70,7 @@ from tfm_ref.models import (
     build,
 )
 from tfm_ref.moe import MoELayer
-from tfm_ref.multi_head import MultiHeadAttention, fused_attention
+from tfm_ref.multi_head import MultiHeadAttention
 from tfm_ref.position_biases import ALiBi, T5Bias, alibi_slopes
 from tfm_ref.position_embeddings import LearnedPositions, SinusoidalPositions, sinusoidal_encoding
 from tfm_ref.positions import PositionScheme, QueryScaling

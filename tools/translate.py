@@ -41,8 +41,9 @@ SPECIALS = ("<pad>", "<bos>", "<eos>")
 MODULES = [
     f"tfm_ref.{name}"
     for name in (
-        "attention batches beams bpe cache checkpoints config generation layers losses masks "
-        "models multi_head position_embeddings positions pretokens schedules tokenizer training"
+        "attention attention_layer backends batches beams bpe cache checkpoints config fused "
+        "generation layers losses masks models multi_head position_embeddings positions "
+        "pretokens schedules tokenizer training"
     ).split()
 ]
 
