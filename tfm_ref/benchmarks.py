@@ -220,8 +220,10 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
-    "attention": Benchmark(attention, ("attention", "flash", "flash_triton", "flash_kernels")),
-    "decode": Benchmark(decode, ("attention", "decode_triton", "decode_kernels")),
+    "attention": Benchmark(
+        attention, ("attention", "flash", "flash_triton", "flash_kernels", "launch")
+    ),
+    "decode": Benchmark(decode, ("attention", "decode_triton", "decode_kernels", "launch")),
     "experts": Benchmark(experts, ("layers", "routing", "grouped", "moe")),
     "choices": Benchmark(choices, ()),
     "plain_benchmark": Benchmark(plain_benchmark, ()),

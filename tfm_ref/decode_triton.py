@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tfm_ref.flash_triton import full_width, kernels_for
+from tfm_ref.launch import full_width, kernels_for
 from tfm_ref.validation import check_qkv, check_size
 
 
