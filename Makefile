@@ -40,8 +40,9 @@ bench: .venv/ready ## print how fast the package is against others, on one threa
 gpu: ## on CUDA, with the Python that is active: tests, then all measurements, into the folder OUT
 	TFM_REF_DEVICE=cuda $(PYTHON) -m pytest -o addopts=--import-mode=importlib -k "not hopper" \
 		tests/test_flash_triton.py tests/test_decode_triton.py tests/test_bench.py \
+		tests/test_records.py tests/test_candidates.py tests/test_comparison.py \
 		tests/test_benchmarks.py tests/test_flash.py \
-		tests/test_multi_head.py tests/conformance/test_conformance.py \
+		tests/test_multi_head.py tests/test_fused.py tests/conformance/test_conformance.py \
 		tests/test_training.py::test_fit_on_cuda
 	$(PYTHON) -m tfm_ref.benchmarks "$(or $(OUT),tfm_ref/results)"
 

@@ -1,58 +1,11 @@
-"""Records of measurements: what they say, and that they notice when the code has changed."""
+"""Times, memory and peaks: what is counted, and that what is wrong is not measured."""
 
-import json
-import re
-import sys
-from datetime import UTC, datetime
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tfm_ref import bench
-
-MODULES = ["tfm_ref.masks", "tfm_ref.attention"]
-
-
-def test_a_digest_follows_the_sources_and_nothing_else(monkeypatch):
-    found = bench.digest(MODULES)
-    assert re.fullmatch("[0-9a-f]{64}", found)
-    assert bench.digest(MODULES[::-1] + MODULES) == found
-    assert bench.digest(MODULES[:1]) != found
-    read = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path, encoding: read(path, encoding) + "#")
-    assert bench.digest(MODULES) != found
-    with pytest.raises(ValueError, match="the number of modules must"):
-        bench.digest([])
-
-
-def test_surroundings_name_what_a_number_depends_on(device):
-    found = bench.surroundings(device)
-    assert found["device"]
-    assert found["torch"] == torch.__version__
-    assert sys.version.startswith(found["python"])
-    age = datetime.now(UTC) - datetime.fromisoformat(found["date"])
-    assert 0 <= age.total_seconds() < 60
-
-
-def test_on_a_gpu_its_name_and_its_driver_are_told(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(bench.shutil, "which", lambda name: name)
-    monkeypatch.setattr(bench, "find_spec", lambda name: name)
-    triton = ModuleType("triton")
-    triton.__version__ = "3.7"
-    monkeypatch.setitem(sys.modules, "triton", triton)
-
-    def run(command, **terms):
-        assert command[0] == "nvidia-smi"
-        return bench.subprocess.CompletedProcess(command, 0, stdout="580.1\n580.1\n")
-
-    monkeypatch.setattr(bench.subprocess, "run", run)
-    found = bench.surroundings("cuda")
-    named = {name: found[name] for name in ("device", "cuda", "driver", "triton")}
-    assert named == {"device": "a GPU", "cuda": "13.0", "driver": "580.1", "triton": "3.7"}
 
 
 def fake_clock(monkeypatch, *seconds):
@@ -172,57 +125,3 @@ def test_peaks_are_those_of_the_work_named(device):
     assert 1 / 4 < small / large < 4
     assert bench.read_peak(device, n_bytes=2**25) > 1e6
     assert bench.matmul_peak(device, torch.float32, size=64) > 1e6
-
-
-def test_a_record_comes_back_and_knows_its_code(device, tmp_path):
-    values = {"seconds": [1.5, 2.0], "settings": {"n": 3}, "kernels": ["f<[1,\n 2]>(x)"]}
-    new = bench.new_record("x", values, device=device, modules=MODULES)
-    path = bench.save_record(new, tmp_path / "new")
-    record = bench.load_record("x", tmp_path / "new")
-    assert record["values"] == values
-    assert record["name"] == "x"
-    assert record["where"].keys() == bench.surroundings(device).keys()
-    assert record["code"]["modules"] == sorted(MODULES)
-    assert record["is_current"]
-
-    old = json.loads(path.read_text("utf-8"))
-    old["code"]["sha256"] = "0" * 64
-    path.write_text(json.dumps(old), "utf-8")
-    assert bench.load_record("x", tmp_path / "new")["is_current"] is False
-
-    old["code"]["modules"] = ["tfm_ref.what_once_was"]
-    path.write_text(json.dumps(old), "utf-8")
-    assert bench.load_record("x", tmp_path / "new")["is_current"] is False
-    assert bench.load_record("y", tmp_path / "new") is None
-    assert bench.load_record("y") is None
-
-
-def test_records_lie_beside_the_package_unless_another_folder_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "files", lambda package: tmp_path / package)
-    record = bench.new_record("x", {}, device="cpu", modules=MODULES)
-    bench.save_record(record, tmp_path / "tfm_ref/results")
-    assert bench.load_record("x")["is_current"]
-
-
-def test_lists_stay_in_one_line_and_what_is_no_number_is_refused(tmp_path):
-    record = bench.new_record(
-        "x", {"rows": [{"n": 1}, {"n": [1, 2]}]}, device="cpu", modules=MODULES
-    )
-    lines = bench.save_record(record, tmp_path).read_text("utf-8").splitlines()
-    assert any(line.endswith('"n": [ 1, 2 ]') for line in lines)
-    record["values"] = {"loss": float("nan")}
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        bench.save_record(record, tmp_path)
-
-
-def test_a_readers_run_is_laid_over_the_recorded_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "files", lambda package: tmp_path)
-    own = bench.new_record("x", {"n": 2}, device="cpu", modules=MODULES)
-    assert bench.overlay("x", own) == {"your machine": own}
-    recorded = own | {"values": {"n": 1}}
-    recorded["where"] = {"device": "a GPU", "date": "2026-01-02T03:04:05+00:00"}
-    bench.save_record(recorded, tmp_path / "results")
-    found = bench.overlay("x", own)
-    assert list(found) == ["a GPU, 2026-01-02", "your machine"]
-    assert [run["values"]["n"] for run in found.values()] == [1, 2]
-    assert list(bench.overlay("x")) == ["a GPU, 2026-01-02"]

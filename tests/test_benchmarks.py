@@ -5,11 +5,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tfm_ref import benchmarks
-from tfm_ref.bench import load_record
-from tfm_ref.benchmarks import Setting
+from tfm_ref.candidates import Setting
+from tfm_ref.records import load_record
 
 SMALL = Setting(2, 4, 2, 40, 40, 16, True, "float32")
 ONCE = {"least": 1, "most": 1}
@@ -65,23 +64,6 @@ def test_wrong_gradients_are_seen_though_the_output_is_right(device, monkeypatch
     assert "exceeds its limit" in backward["failed"]
 
 
-@pytest.mark.parametrize("n", [1, 127, 128, 129, 300, 1024])
-def test_rows_that_are_compared_are_few_and_spread(n):
-    rows = benchmarks._asking_rows(torch.empty(1, 1, n, 1)).tolist()
-    step = -(-n // 128)
-    assert len(rows) == -(-n // step) <= 128
-    assert rows[-1] == n - 1
-    assert rows[0] < step
-    assert rows == sorted(set(rows))
-
-
-def test_the_gradient_asked_for_is_the_same_in_every_dtype():
-    exact = benchmarks._asked(torch.empty(3, 7, dtype=torch.float64))
-    assert set(exact.flatten().tolist()) == {-2, -1, 0, 1, 2}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert torch.equal(benchmarks._asked(torch.empty(3, 7, dtype=dtype)).double(), exact)
-
-
 def test_what_cannot_run_says_why_and_the_others_go_on(device, monkeypatch):
     def refuse(q, k, v, *, is_causal):
         raise RuntimeError("no kernel\nfor this")
@@ -116,40 +98,6 @@ def test_memory_of_backward_is_that_of_training(device):
     scores = 4 * setting.batch * setting.n_heads * 256 * 256
     assert peak["naive", "backward"] > 3 * scores
     assert peak["tiled", "backward"] < 2 * scores
-
-
-def test_operations_and_bytes_are_counted(device):
-    setting = SMALL._replace(is_causal=False)
-    inputs = [t.detach() for t in setting.draw(device)]
-    with FlopCounterMode(display=False) as counter:
-        benchmarks.ATTENTIONS["naive"](*inputs)
-    assert counter.get_total_flops() == setting.flops == 2 * SMALL.flops
-    assert sum(t.nbytes for t in inputs[1:]) == setting.kv_bytes
-    assert setting._replace(dtype="bfloat16").kv_bytes == setting.kv_bytes // 2
-
-
-def test_a_latent_is_key_and_value(device):
-    setting = SMALL._replace(n_kv_heads=1, head_dim=24, latent=16, is_causal=False)
-    q, k, v = (t.detach() for t in setting.draw(device))
-    assert v.data_ptr() == k.data_ptr()
-    assert (k.shape[-1], v.shape[-1]) == (24, 16)
-    assert k.nbytes == setting.kv_bytes
-    with FlopCounterMode(display=False) as counter:
-        benchmarks.ATTENTIONS["naive"](q, k, v)
-    assert counter.get_total_flops() == setting.flops
-
-
-def test_flex_attention_sees_what_the_others_see(device, monkeypatch):
-    monkeypatch.setattr(benchmarks, "_flex_compiled", lambda: benchmarks.flex_attention)
-    setting = SMALL._replace(len_q=4096, len_k=4096, batch=1, n_kv_heads=8, n_heads=8)
-    assert setting.suits("flex")
-    assert not SMALL.suits("flex")
-    small = setting._replace(len_q=160, len_k=160)
-    q, k, v = (t.detach() for t in small.draw(device))
-    expected = benchmarks.ATTENTIONS["naive"](q, k, v, is_causal=True)
-    with pytest.warns(UserWarning, match="without torch.compile"):
-        found = benchmarks.flex(q, k, v, is_causal=True)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -228,6 +176,6 @@ def test_records_are_written_with_the_code_that_they_measure(device, tmp_path, m
     assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(small)
     record = load_record("attention", tmp_path)
     assert record["is_current"]
-    named = {"tfm_ref.flash", "tfm_ref.flash_kernels", "tfm_ref.bench", "tfm_ref.benchmarks"}
-    assert named <= set(record["code"]["modules"])
+    named = "flash flash_kernels bench benchmarks candidates comparison".split()
+    assert {f"tfm_ref.{name}" for name in named} <= set(record["code"]["modules"])
     assert record["values"]["rows"][0]["candidate"] == "tiled"

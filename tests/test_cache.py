@@ -24,8 +24,8 @@ from tfm_ref import (
     padding_mask,
     sliding_window_mask,
 )
+from tfm_ref.backends import BACKENDS
 from tfm_ref.config import Latent
-from tfm_ref.multi_head import BACKENDS
 from tfm_ref.stack import Stack
 
 SIZES = {"vocab_size": 13, "d_model": 24, "n_layers": 2, "n_heads": 4, "d_ff": 10}

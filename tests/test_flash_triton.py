@@ -20,9 +20,9 @@ from tfm_ref.flash_triton import (
     _attention,
     _backward,
     configurations,
-    kernels_for,
     triton_attention,
 )
+from tfm_ref.launch import kernels_for
 
 TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")

@@ -28,7 +28,7 @@ from tfm_ref import (
     causal_mask,
     padding_mask,
 )
-from tfm_ref.multi_head import BACKENDS
+from tfm_ref.backends import BACKENDS
 from tfm_ref.rotary import Rotation
 
 B, N, M, H, D = 3, 5, 7, 2, 16

@@ -10,16 +10,14 @@ from itertools import product
 
 import pytest
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from oracles import draw, redraw, values_and_gradients
 from torch import nn
 from torch.testing import assert_close
 
 from tfm_ref import MultiHeadAttention, SelfAttention, causal_mask, padding_mask
-from tfm_ref.attention import scaled_dot_product_attention
-from tfm_ref.multi_head import BACKENDS as ALL_BACKENDS
-from tfm_ref.multi_head import LACKS, fused_attention
+from tfm_ref.backends import BACKENDS as ALL_BACKENDS
+from tfm_ref.backends import LACKS
 
 B, N, M, H, D = 3, 5, 7, 2, 8
 # Those that know masks and biases; for "triton" see tests/test_flash_triton.py.
@@ -193,38 +191,6 @@ def test_dropout_in_training_only_and_not_in_the_weights(backend):
     assert torch.equal(weights, attention.attention_weights(x))
 
 
-def weights_kept(attend, q, k, v, **terms):
-    """Say whether autograd keeps as many numbers as there are weights of all heads."""
-    sizes = []
-
-    def keep(tensor):
-        sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        attend(q.requires_grad_(), k, v, **terms)
-    return max(sizes) >= q.shape[1] * q.shape[2] * k.shape[2]
-
-
-@pytest.mark.parametrize(
-    ("stored", "v_head_dim", "terms"),
-    [
-        (False, 8, {}),
-        (False, 8, {"is_causal": True}),
-        (False, 8, {"mask": padding_mask(torch.tensor([200]), 256)}),
-        (False, 8, {"mask": causal_mask(256), "bias": draw(1, 1, 256, 256)}),
-        (True, 4, {}),
-        (True, 8, {"dropout": 0.1}),
-        (True, 8, {"bias": draw(1, 1, 256, 256).requires_grad_()}),
-    ],
-)
-def test_when_the_weights_are_stored(stored, v_head_dim, terms):
-    """The docstring of fused_attention says when, on the CPU; the naive form stores them always."""
-    q, k, v = draw(1, 4, 256, 8), draw(1, 2, 256, 8), draw(1, 2, 256, v_head_dim)
-    assert weights_kept(BACKENDS["naive"], q, k, v, **terms)
-    assert weights_kept(fused_attention, q, k, v, **terms) == stored
-
-
 # --- in PyTorch's world
 
 
@@ -358,13 +324,6 @@ def test_meta_device():
     assert (y.shape, y.device.type) == ((1, 100, 4096), "meta")
 
 
-def test_fused_equals_torch_where_torch_agrees(device):
-    """Square and causal, PyTorch's function is called as it is."""
-    q, k, v = draw(3, 2, 2, N, 4).to(device)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert torch.equal(fused_attention(q, k, v, is_causal=True), expected)
-
-
 # --- what is refused
 
 
@@ -432,39 +391,3 @@ def test_a_mask_of_batch_and_lengths_is_refused(shape):
     attention, x = MultiHeadAttention(d_model=8, n_heads=4), draw(4, 4, 8)
     with pytest.raises(ValueError, match="mask must have 4 axes"):
         attention(x, mask=torch.ones(shape, dtype=torch.bool))
-
-
-# --- a group of queries folded into one head
-
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("with_mask", [False, True])
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_folded_queries_give_the_same(is_causal, with_mask, with_bias, n):
-    """Few queries over shared keys: masks of every shape, a bias, a query that sees nothing."""
-    q, k, v = draw(2, 6, n, 4), draw(2, 2, 9, 4, seed=1), draw(2, 2, 9, 4, seed=2)
-    for shape in (2, 6, n, 9), (2, 1, 1, 9), (1, 1, n, 9), (1, 6, 1, 9), (1, 1, 1, 1):
-        mask = draw(*shape, seed=3) > 0
-        terms = {"is_causal": is_causal, "mask": mask if with_mask else None}
-        terms["bias"] = draw(*shape, seed=4) if with_bias else None
-        terms["sinks"] = draw(6, seed=5) if with_bias else None
-        expected = scaled_dot_product_attention(q, k, v, **terms)
-        assert_close(fused_attention(q, k, v, **terms), expected)
-
-
-@pytest.mark.parametrize(("n", "folds"), [(1, True), (3, True), (4, False)])
-def test_few_queries_are_folded(n, folds, monkeypatch):
-    """Up to as many as there are keys; what the kernel gets is no copy of these."""
-    seen = []
-    kernel = F.scaled_dot_product_attention
-
-    def spy(q, k, v, **terms):
-        seen.append((q.shape, k.data_ptr(), terms["enable_gqa"]))
-        return kernel(q, k, v, **terms)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    q, (k, v) = draw(1, 6, n, 4), draw(2, 1, 2, 9, 4)
-    fused_attention(q, k, v)
-    shape = (1, 2, 3 * n, 4) if folds else (1, 6, n, 4)
-    assert seen == [(shape, k.data_ptr(), not folds)]

@@ -1,12 +1,10 @@
-"""Positions against the public implementations, by hand, and what they refuse."""
+"""What holds for every scheme of positions, and what several share."""
 
 import math
 import re
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
@@ -19,10 +17,9 @@ from tfm_ref import (
     RotaryPositions,
     SinusoidalPositions,
     T5Bias,
-    alibi_slopes,
     sinusoidal_encoding,
 )
-from tfm_ref.positions import frequencies, t5_bucket
+from tfm_ref.positions import frequencies
 
 D, H = 8, 4
 ADDED = {
@@ -39,10 +36,6 @@ OTHERS = {
     "T5": lambda: T5Bias(n_heads=H),
 }
 SCHEMES = {**ADDED, **OTHERS}
-
-
-def row(*positions):
-    return torch.tensor([positions])
 
 
 # --- one interface
@@ -198,52 +191,15 @@ def test_any_integers_are_positions(name, dtype):
         assert torch.equal(bias, scheme.bias(positions, positions))
 
 
-# --- sinusoidal
-
-
-def test_sinusoidal_by_the_papers_formula():
-    d, encoding = 512, sinusoidal_encoding(row(0, 1, 77), 512)[0]
-    for r, position in enumerate((0, 1, 77)):
-        for i in 0, 1, 100, 255:
-            angle = position / 10_000 ** (2 * i / d)
-            assert encoding[r, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-5)
-            assert encoding[r, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
-
-
-def test_halves_are_those_of_marian():
-    from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
-
-    theirs = MarianSinusoidalPositionalEmbedding(99, 64)
-    ours = sinusoidal_encoding(torch.arange(99)[None], 64, halves=True)
-    assert_close(ours[0], theirs.create_weight(), atol=2e-5, rtol=0)
-
-
-def test_endpoint_by_the_authors_formula():
-    """tensor2tensor: scales of a geometric row from 1 to exactly 1/10000; sines, then cosines."""
-    d, position = 512, 77
-    scales = [math.exp(-i * math.log(10_000) / (d // 2 - 1)) for i in range(d // 2)]
-    expected = [f(position * s) for f in (math.sin, math.cos) for s in scales]
-    encoding = sinusoidal_encoding(row(position), d, halves=True, endpoint=True)[0, 0]
-    assert_close(encoding.double(), torch.tensor(expected).double(), atol=2e-5, rtol=0)
-
-
-def test_an_endpoint_of_one_scale_is_refused():
-    with pytest.raises(ValueError, match="d_model with endpoint must be an integer of at least 4"):
-        sinusoidal_encoding(row(0), 2, endpoint=True)
-
-
-@given(st.integers(0, 10**6), st.integers(2, 64), st.booleans(), st.booleans())
-def test_sinusoidal_norm(position, half, halves, endpoint):
-    form = {"halves": halves, "endpoint": endpoint}
-    norm = sinusoidal_encoding(row(position), 2 * half, **form).norm().item()
-    assert norm == pytest.approx(math.sqrt(half), rel=1e-5)
-
-
 def test_tables_are_float32_under_any_default():
     torch.set_default_dtype(torch.float64)
     try:
-        assert frequencies(8).dtype == sinusoidal_encoding(row(1), 8).dtype == torch.float32
-        assert RotaryPositions(head_dim=8).rotation(row(1)).cos.dtype == torch.float32
+        assert (
+            frequencies(8).dtype
+            == sinusoidal_encoding(torch.tensor([[1]]), 8).dtype
+            == torch.float32
+        )
+        assert RotaryPositions(head_dim=8).rotation(torch.tensor([[1]])).cos.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -269,50 +225,12 @@ def test_frequencies_refuse(width, theta, message):
             build()
 
 
-@pytest.mark.usefixtures("no_shape_checks")
-def test_sinusoidal_refuses_another_width():
-    with pytest.raises(ValueError, match=r"x must have width d_model \(8\); got 6"):
-        SinusoidalPositions(d_model=8).embed(torch.zeros(1, 2, 6), row(0, 1))
-
-
-# --- learned
-
-
-def test_learned_positions_are_rows_of_the_table():
-    scheme = LearnedPositions(max_seq_len=1000, d_model=64)
-    assert scheme.table.std().item() == pytest.approx(0.02, rel=0.02)
-    positions = torch.tensor([[0, 1, 2], [997, 998, 999]])
-    y = scheme.embed(torch.zeros(2, 3, 64), positions)
-    assert_close(y, scheme.table[positions])
-    assert scheme.table.numel() == 64_000
-
-
-@pytest.mark.parametrize("positions", [row(0, 4), row(-1, 0)], ids=str)
-def test_learned_positions_end(positions):
-    lowest, highest = positions.aminmax()
-    message = rf"0 <= position < max_seq_len \(4\); got {lowest} to {highest}"
-    with pytest.raises(ValueError, match=message):
-        LearnedPositions(max_seq_len=4, d_model=D).embed(torch.zeros(1, 2, D), positions)
-
-
-@pytest.mark.usefixtures("no_shape_checks")
-def test_learned_positions_refuse_tokens_that_do_not_fit():
-    scheme = LearnedPositions(max_seq_len=4, d_model=D)
-    with pytest.raises(ValueError, match=r"d_model = 8\) and not be empty; got \(1, 2, 6\)"):
-        scheme.embed(torch.zeros(1, 2, 6), row(0, 1))
-    with pytest.raises(ValueError, match="same dtype and device"):
-        scheme.embed(torch.zeros(1, 2, D).double(), row(0, 1))
-    for name in "max_seq_len", "d_model":
-        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1; got 0"):
-            LearnedPositions(**{"max_seq_len": 4, "d_model": D, name: 0})
-
-
 # --- query scaling
 
 
 def test_query_scaling_by_hand():
     """1 up to the position before the last of a step, then 1 + s ln 2, 1 + s ln 3."""
-    factors = QueryScaling(length=3, strength=10.0)(row(0, 1, 2, 4, 5, 8))
+    factors = QueryScaling(length=3, strength=10.0)(torch.tensor([[0, 1, 2, 4, 5, 8]]))
     two, three = 1 + 10 * math.log(2), 1 + 10 * math.log(3)
     assert_close(factors, torch.tensor([[1, 1, two, two, three, 1 + 10 * math.log(4)]]))
     assert factors.dtype == torch.float32
@@ -328,81 +246,3 @@ def test_query_scaling_refusals():
             QueryScaling(strength=strength)
     with pytest.raises(ValueError, match=r"positions must be integers of shape \(batch or 1, len"):
         QueryScaling()(torch.arange(3))
-
-
-# --- ALiBi
-
-
-@pytest.mark.parametrize("n_heads", range(1, 71))
-def test_slopes_are_those_of_bloom(n_heads):
-    """Any number of heads: with one key, BLOOM's bias is slope times position."""
-    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
-
-    theirs = build_alibi_tensor(torch.ones(1, 3), n_heads, torch.float32)[:, 0, 2] / 2
-    assert_close(alibi_slopes(n_heads), theirs)
-
-
-@pytest.mark.parametrize("n_heads", [1, 2, 3, 5, 8, 12, 16, 20, 112])
-def test_slopes_are_those_of_mpt(n_heads):
-    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
-
-    theirs = build_mpt_alibi_tensor(n_heads, 3)[:, 0, 1] * -1
-    assert_close(alibi_slopes(n_heads), theirs)
-
-
-def test_slopes_by_hand():
-    assert alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
-    assert alibi_slopes(3).tolist() == [2.0**-4, 2.0**-8, 2.0**-2]
-    with pytest.raises(ValueError, match="n_heads must be an integer of at least 1; got 0"):
-        ALiBi(n_heads=0)
-
-
-# --- T5
-
-
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize(("n_buckets", "max_distance"), [(32, 128), (8, 20), (64, 1000), (4, 3)])
-def test_buckets_are_those_of_t5(n_buckets, max_distance, bidirectional):
-    from transformers.models.t5.modeling_t5 import T5Attention
-
-    relative = torch.arange(-1500, 1500)[None, None]
-    settings = dict(bidirectional=bidirectional, max_distance=max_distance)
-    theirs = T5Attention._relative_position_bucket(relative, num_buckets=n_buckets, **settings)
-    ours = t5_bucket(relative, n_buckets=n_buckets, **settings)
-    assert torch.equal(ours, theirs)
-    unused = {n_buckets // 2} if bidirectional else set()  # a later key is never at distance 0
-    assert set(ours.flatten().tolist()) == set(range(n_buckets)) - unused
-
-
-def test_t5_bias_is_that_of_t5():
-    from transformers import T5Config
-    from transformers.models.t5.modeling_t5 import T5Attention
-
-    config = T5Config(d_model=16, num_heads=H, d_kv=4, is_decoder=False)
-    theirs = T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
-    ours = T5Bias(n_heads=H, bidirectional=True)
-    with torch.no_grad():
-        ours.table.copy_(nn.init.normal_(theirs.relative_attention_bias.weight))
-    positions = torch.arange(200)[None]
-    assert_close(ours.bias(positions, positions), theirs.compute_bias(200, 200))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (dict(n_heads=0), "n_heads must be an integer of at least 1; got 0"),
-        (dict(n_heads=2, n_buckets=1), "n_buckets must be an integer of at least 2; got 1"),
-        (
-            dict(n_heads=2, n_buckets=2, bidirectional=True),
-            "n_buckets must be an integer of at least 4; got 2",
-        ),
-        (dict(n_heads=2, n_buckets=5, bidirectional=True), "must be even; got 5"),
-        (
-            dict(n_heads=2, max_distance=16),
-            "max_distance must be an integer of at least 17; got 16",
-        ),
-    ],
-)
-def test_t5_bias_refuses(settings, message):
-    with pytest.raises(ValueError, match=message):
-        T5Bias(**settings)

@@ -10,7 +10,7 @@ import torch
 from oracles import SAMPLE
 
 from tfm_ref import read_pairs
-from tfm_ref.bench import load_record, new_record, save_record
+from tfm_ref.records import load_record, new_record, save_record
 
 PATH = Path(__file__).parents[1] / "tools/translate.py"
 
@@ -83,7 +83,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(translate, pairs, settings, tmp_p
 
 def test_what_is_measured_is_named(translate):
     """The model, its training and its decoding; what a file of data holds, its checksum says."""
-    parts = {"attention", "models", "multi_head", "training", "generation", "tokenizer"}
+    parts = {"attention", "beams", "generation", "models", "multi_head", "tokenizer", "training"}
     assert {f"tfm_ref.{part}" for part in parts} <= {*translate.MODULES}
     assert all(importlib.util.find_spec(name) for name in translate.MODULES)
 

@@ -13,6 +13,9 @@ from tfm_ref.balance import (
     switch_loss,
     z_loss,
 )
+from tfm_ref.batches import Batch, TokenBatches, padding_share
+from tfm_ref.beams import Hypotheses, beam_search
+from tfm_ref.bpe import bpe_merges, train_bpe
 from tfm_ref.cache import KVCache, RollingCache, StackCache
 from tfm_ref.checkpoints import (
     average_checkpoints,
@@ -46,17 +49,11 @@ from tfm_ref.expert_parallel import (
 )
 from tfm_ref.flash import PartialSoftmax, merge, online_softmax, tiled_attention
 from tfm_ref.flash_triton import triton_attention
-from tfm_ref.generation import (
-    Hypotheses,
-    beam_search,
-    greedy,
-    sample,
-    sampling_probs,
-    top_k_filter,
-    top_p_filter,
-)
+from tfm_ref.fused import fused_attention
+from tfm_ref.generation import Writer, greedy, sample
 from tfm_ref.latent import LatentAttention
 from tfm_ref.layers import Block, FeedForward, RMSNorm
+from tfm_ref.losses import label_smoothed_cross_entropy
 from tfm_ref.maps import attention_maps
 from tfm_ref.masks import (
     causal_mask,
@@ -66,18 +63,11 @@ from tfm_ref.masks import (
     sliding_window_mask,
 )
 from tfm_ref.models import DecoderLM, Encoder, EncoderDecoder, build
-from tfm_ref.moe import ExpertChoiceRouter, MoELayer, Router, Routing
-from tfm_ref.multi_head import MultiHeadAttention, fused_attention
-from tfm_ref.positions import (
-    ALiBi,
-    LearnedPositions,
-    PositionScheme,
-    QueryScaling,
-    SinusoidalPositions,
-    T5Bias,
-    alibi_slopes,
-    sinusoidal_encoding,
-)
+from tfm_ref.moe import MoELayer
+from tfm_ref.multi_head import MultiHeadAttention
+from tfm_ref.position_biases import ALiBi, T5Bias, alibi_slopes
+from tfm_ref.position_embeddings import LearnedPositions, SinusoidalPositions, sinusoidal_encoding
+from tfm_ref.positions import PositionScheme, QueryScaling
 from tfm_ref.progress import progress
 from tfm_ref.rotary import (
     LinearScaling,
@@ -86,18 +76,13 @@ from tfm_ref.rotary import (
     RotaryPositions,
     YaRNScaling,
 )
+from tfm_ref.routing import ExpertChoiceRouter, Router, Routing
+from tfm_ref.sampling import sampling_probs, top_k_filter, top_p_filter
+from tfm_ref.schedules import noam_lr
 from tfm_ref.sizes import count_parameters, kv_cache_bytes
 from tfm_ref.stack import Stack
-from tfm_ref.tokenizer import BPETokenizer, bpe_merges, train_bpe
-from tfm_ref.training import (
-    Batch,
-    TokenBatches,
-    fit,
-    label_smoothed_cross_entropy,
-    noam_lr,
-    padding_share,
-    set_seed,
-)
+from tfm_ref.tokenizer import BPETokenizer
+from tfm_ref.training import fit, set_seed
 from tfm_ref.uptraining import pool_kv_heads
 from tfm_ref.zoo import MODELS, full_size
 
@@ -145,6 +130,7 @@ __all__ = [
     "TokenBatches",
     "TransformerConfig",
     "Vocabulary",
+    "Writer",
     "YaRNScaling",
     "alibi_slopes",
     "attempt",

@@ -115,18 +115,9 @@ def scaled_dot_product_attention(
     come from :func:`attention_weights` with the same arguments.
 
     Args:
-        q: queries.
-        k: keys; with fewer heads than q, each key head serves as many query heads as it takes.
+        q: as of :func:`attention_weights`; so is all that is not named here.
         v: values, finite also where masked, since 0 · NaN is NaN; their width v_head_dim may
             differ from head_dim.
-        mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
-        is_causal: let a query see no later key; aligned at the bottom right, so that the last
-            query sees the last key. Joined with ``mask`` by AND.
-        bias: finite numbers added to the scaled scores; each axis of size 1 or full. What is
-            forbidden goes through ``mask``: a row of -inf would give NaN.
-        scale: factor of the dot products; 1/√head_dim if not given.
-        softcap: bends the scaled scores into (-softcap, softcap) before the bias is added.
-        sinks: one score per head that takes its share of each softmax and gives nothing for it.
         dropout: probability with which a weight is set to 0; the others are divided by
             1 - dropout. For training only: a function cannot know when that is.
 
@@ -241,12 +232,7 @@ class SelfAttention(nn.Module):
         mask: Bool[Tensor, "#b 1 #n #n"] | None = None,
         is_causal: bool = False,
     ) -> Float[Tensor, "b 1 n n"]:
-        """Show the weights that :meth:`forward` uses.
-
-        Args:
-            x: tokens.
-            mask: True = may attend; each axis of size 1 or full. See :mod:`tfm_ref.masks`.
-            is_causal: let a token see no later one. Joined with ``mask`` by AND.
+        """Show the weights that :meth:`forward` uses; its arguments are the same.
 
         Returns:
             Weights of shape (batch, 1, length, length), as :func:`attention_weights` gives.

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tfm_ref.moe import ExpertChoiceRouter, Router, Routing
+from tfm_ref.routing import ExpertChoiceRouter, Router, Routing
 from tfm_ref.validation import check_size
 
 

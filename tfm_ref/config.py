@@ -11,14 +11,9 @@ from tfm_ref.latent import LatentAttention
 from tfm_ref.layers import ACTIVATIONS, NORM_PLACEMENTS, Block, FeedForward, RMSNorm
 from tfm_ref.moe import MoELayer
 from tfm_ref.multi_head import MultiHeadAttention
-from tfm_ref.positions import (
-    ALiBi,
-    LearnedPositions,
-    PositionScheme,
-    QueryScaling,
-    SinusoidalPositions,
-    T5Bias,
-)
+from tfm_ref.position_biases import ALiBi, T5Bias
+from tfm_ref.position_embeddings import LearnedPositions, SinusoidalPositions
+from tfm_ref.positions import PositionScheme, QueryScaling
 from tfm_ref.rotary import RopeScaling, RotaryPositions
 from tfm_ref.rules import check_rules
 from tfm_ref.validation import check_choice, check_size

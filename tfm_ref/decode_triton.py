@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tfm_ref.attention_checks import check_qkv
-from tfm_ref.flash_triton import full_width, kernels_for
+from tfm_ref.launch import full_width, kernels_for
 from tfm_ref.validation import check_size
 
 

@@ -307,7 +307,7 @@ def bytes_sent(
 
     Args:
         indices: for each process, the experts chosen for its tokens, as in
-            :class:`~tfm_ref.moe.Routing`; only those that are kept, where some are not.
+            :class:`~tfm_ref.routing.Routing`; only those that are kept, where some are not.
         n_experts: number of experts, of which each process holds as many.
         d_model: width of the tokens.
         dtype: of the tokens.

@@ -1,7 +1,5 @@
 """The Triton kernels of ``tfm_ref/flash_kernels.py`` as one more way to compute attention."""
 
-from importlib import import_module
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -10,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tfm_ref.attention_checks import check_qkv
+from tfm_ref.launch import addressable, blocks, full_width, kernels_for, room
 from tfm_ref.validation import check_dropout
 
 
@@ -98,16 +97,9 @@ def triton_attention(
 
     Args:
         q: queries, of width up to 256, in float32, bfloat16 or float16.
-        k: keys; with fewer heads than q, each key head serves as many query heads as it takes.
+        k: as of :func:`~tfm_ref.attention.attention_weights`; so are is_causal and scale.
         v: values, as wide as the keys.
-        mask: refused.
-        is_causal: let a query see no later key; aligned at the bottom right, so that the last
-            query sees the last key.
-        bias: refused.
-        scale: factor of the dot products; 1/√head_dim if not given.
-        softcap: refused.
-        sinks: refused.
-        dropout: refused, but for 0.
+        mask: refused; so are bias, softcap, sinks, and a dropout other than 0.
 
     Returns:
         Output of shape (batch, heads, len_q, v_head_dim), 0 for a query that may attend to
@@ -169,7 +161,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Run the forward kernel: give the output and, for the way back, the log2 of the sums."""
     o, lse = _outcome(q, k, v, is_causal, scale)
-    q, k, v = map(_addressable, (q, k, v))
+    q, k, v = map(addressable, (q, k, v))
     tensors = {"q": q, "k": k, "v": v, "o": o, "lse": lse, "scale": scale}
     _launch("forward", tensors, is_causal)
     return o, lse
@@ -180,7 +172,7 @@ def _outcome(
     q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Make room for the outcome."""
-    return _room(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return room(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("tfm_ref::flash_attention_backward", mutates_args=())
@@ -196,7 +188,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward kernels."""
     dq, dk, dv = _gradients(do, q, k, v, o, lse, is_causal, scale)
-    q, k, v, do = map(_addressable, (q, k, v, do))
+    q, k, v, do = map(addressable, (q, k, v, do))
     tensors = {"q": q, "k": k, "v": v, "do": do, "lse": lse, "delta": torch.empty_like(lse)}
     _launch("row_dots", tensors | {"o": o}, is_causal)
     _launch("backward_kv", tensors | {"dk": dk, "dv": dv, "scale": scale}, is_causal)
@@ -216,7 +208,7 @@ def _gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Make room for the gradients."""
-    return _room(q), _room(k), _room(v)
+    return room(q), room(k), room(v)
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -244,9 +236,9 @@ def _launch(kernel: str, tensors: dict[str, Tensor | float], is_causal: bool) ->
     sizes |= {"CAUSAL": is_causal, "BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n}
     arguments = tensors | sizes | {"WIDTH": full_width(width)}
     for name in {"q", "o", "do", "dq"} & tensors.keys():
-        arguments[name] = _blocks(tensors[name], cut.block_m)
+        arguments[name] = blocks(tensors[name], cut.block_m)
     for name in {"k", "v", "dk", "dv"} & tensors.keys():
-        arguments[name] = _blocks(tensors[name], cut.block_n)
+        arguments[name] = blocks(tensors[name], cut.block_n)
     arguments = {name: arguments[name] for name in program.arg_names}
     if kernel == "backward_kv":
         n_programs = batch * n_kv_heads * -(-len_k // cut.block_n)
@@ -254,74 +246,3 @@ def _launch(kernel: str, tensors: dict[str, Tensor | float], is_causal: bool) ->
         n_programs = batch * n_heads * -(-len_q // cut.block_m)
     with torch.cuda.device_of(q):
         program[(n_programs,)](**arguments, num_warps=cut.num_warps, num_stages=cut.num_stages)
-
-
-def kernels_for(q: Tensor, module: str) -> ModuleType:
-    """Import a module of kernels, or say why they cannot compute with these queries.
-
-    Args:
-        q: the queries.
-        module: name of the module within the package.
-
-    Returns:
-        The module.
-
-    Raises:
-        RuntimeError: if Triton is missing, has no GPU and does not interpret, or interprets
-            bfloat16.
-    """
-    try:
-        import triton
-    except ImportError as error:
-        raise RuntimeError(
-            'the Triton kernels need Triton: pip install triton (Linux), or use backend "sdpa"'
-        ) from error
-    if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            f'the Triton kernels need a GPU; got tensors on {q.device}. Use backend "sdpa", or '
-            "set TRITON_INTERPRET=1 before Python starts: then they run on the CPU, slowly."
-        )
-    if triton.knobs.runtime.interpret and q.dtype == torch.bfloat16:
-        raise RuntimeError(
-            "Triton's interpreter multiplies bfloat16 wrongly; use float32, float16 or a GPU"
-        )
-    return import_module(f"tfm_ref.{module}")
-
-
-def full_width(width: int) -> int:
-    """Fill a width up to a power of two, and to the 16 that a product needs at least.
-
-    Args:
-        width: numbers in a row.
-
-    Returns:
-        Numbers in a row of a block.
-
-    Example:
-        >>> full_width(80)
-        128
-    """
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def _room(t: Tensor) -> Tensor:
-    """Make room for a tensor of this shape, a token's heads side by side, as projections want."""
-    b, h, n, k = t.shape
-    return t.new_empty(b, n, h, k).transpose(1, 2)
-
-
-def _addressable(t: Tensor) -> Tensor:
-    """Copy a tensor unless a descriptor can address it: steps of 16 bytes, rows without gaps."""
-    unit = 16 // t.element_size()
-    steps = all(step > 0 and step % unit == 0 for step in t.stride()[:3])
-    fits = steps and t.stride(3) == 1 and t.data_ptr() % 16 == 0
-    return t if fits else _room(t).copy_(t)
-
-
-def _blocks(t: Tensor, rows: int) -> object:
-    """Describe a tensor to the kernels, which read and write it in blocks of so many rows."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(
-        t, list(t.shape), list(t.stride()), [1, 1, rows, full_width(t.shape[3])]
-    )

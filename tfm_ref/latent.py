@@ -7,8 +7,9 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tfm_ref.attention_layer import AttentionLayer
+from tfm_ref.backends import check_backend
 from tfm_ref.layers import RMSNorm
-from tfm_ref.multi_head import AttentionLayer, check_backend
 from tfm_ref.validation import check_dropout, check_size
 
 

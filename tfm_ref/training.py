@@ -1,10 +1,9 @@
-"""Training: the loss, the learning rate, batches, and the loop that joins them."""
+"""Training: the loop that takes a batch and follows the gradient, in one process or in several."""
 
 import atexit
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -12,120 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
 from tfm_ref.checkpoints import distinct, latest_checkpoint, load_checkpoint, save_checkpoint
 from tfm_ref.expert_parallel import ExpertParallel, expert_shares
-from tfm_ref.masks import padding_mask
 from tfm_ref.progress import progress
 from tfm_ref.validation import check_size
-
-IGNORE = -100
-"""Stands for a target that does not count, as in PyTorch."""
-
-# --- the loss, the learning rate, random numbers
-
-
-def label_smoothed_cross_entropy(
-    logits: Float[Tensor, "b n w"],
-    targets: Int[Tensor, "b n"],
-    *,
-    smoothing: float = 0.1,
-    ignore_index: int = IGNORE,
-) -> tuple[Float[Tensor, ""], int]:
-    """Compare what a model expects with what came, and ask it never to be quite sure.
-
-    Of a target t, the loss is the cross-entropy ``-Σ_k q_k log p_k`` to the distribution
-    ``q = (1 - ε) onehot(t) + ε / K``, where K is the size of the vocabulary and ε the smoothing.
-    The sum and the count are given apart: the mean over several parts of a batch, or over several
-    processes, is the sum of the sums over the sum of the counts, and no mean of means.
-
-    Args:
-        logits: scores of the tokens, before the softmax.
-        targets: number of the right token at each position.
-        smoothing: share ε of the distribution that all tokens of the vocabulary have in common.
-        ignore_index: the target at positions that do not count, such as padding. Their logits
-            are not read, and their gradient is 0.
-
-    Returns:
-        The sum over the positions that count, in float32 at least, and their number. If none
-        counts, both are 0.
-
-    Raises:
-        ValueError: if the shapes do not fit, smoothing does not lie in 0 ≤ smoothing ≤ 1, or a
-            target is no number of the vocabulary; or if a logit is -inf: with smoothing, a token
-            that is impossible makes the loss infinite.
-
-    Reference:
-        Szegedy et al. 2015, "Rethinking the Inception Architecture for Computer Vision", section
-        7; Vaswani et al. 2017, "Attention Is All You Need", section 5.4. The same numbers as
-        ``torch.nn.functional.cross_entropy(label_smoothing=ε, reduction="sum")``.
-
-    Example:
-        >>> logits = torch.tensor([[[2.0, 0.0], [5.0, 5.0]]])
-        >>> label_smoothed_cross_entropy(logits, torch.tensor([[0, -100]]), smoothing=0.0)
-        (tensor(0.1269), 1)
-    """
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(
-            "targets must have the shape of the logits without its last axis, "
-            f"{tuple(logits.shape[:-1])}; got {tuple(targets.shape)}"
-        )
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing must lie in 0 <= smoothing <= 1; got {smoothing}")
-    counts = targets != ignore_index
-    t, z = targets[counts], logits[counts]
-    if ((t < 0) | (t >= z.shape[1])).any():
-        raise ValueError(
-            f"targets must be {ignore_index} or lie in 0 <= target < vocab_size ({z.shape[1]}); "
-            f"got {t.min()} to {t.max()}"
-        )
-    log_p = z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1)
-    total = -(1 - smoothing) * log_p.gather(1, t[:, None]).sum()
-    if smoothing:
-        total = total - smoothing * log_p.mean(1).sum()
-        if not total.isfinite() and (z == -torch.inf).any():
-            raise ValueError("logits must be finite where smoothing is above 0; got -inf")
-    return total, len(t)
-
-
-def noam_lr(step: int, *, d_model: int, warmup: int = 4000, factor: float = 1.0) -> float:
-    """Give the learning rate of a step: it rises in a line, then falls as ``1/√step``.
-
-    ``lr = factor · d_model^-0.5 · min(step^-0.5, step · warmup^-1.5)``.
-
-    Args:
-        step: number of the step, from 1.
-        d_model: width of the tokens.
-        warmup: number of the step at the peak.
-        factor: multiplies all rates.
-
-    Raises:
-        ValueError: if step, d_model or warmup is not an integer of at least 1.
-
-    Reference:
-        Vaswani et al. 2017, "Attention Is All You Need", section 5.3, equation (3), which
-        has no factor. The name is that of tensor2tensor, after Noam Shazeer, one of the authors.
-
-    Example:
-        PyTorch counts steps from 0, and multiplies the optimizer's rate.
-
-        >>> noam_lr(4000, d_model=512)
-        0.0006987712429686843
-        >>> optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters(), lr=1.0)
-        >>> scheduler = torch.optim.lr_scheduler.LambdaLR(
-        ...     optimizer, lambda i: noam_lr(i + 1, d_model=512)
-        ... )
-        >>> scheduler.get_last_lr() == [noam_lr(1, d_model=512)]
-        True
-    """
-    for name, size in {"step": step, "d_model": d_model, "warmup": warmup}.items():
-        check_size(name, size)
-    return factor * d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)
 
 
 def set_seed(*numbers: int) -> None:
@@ -148,194 +41,6 @@ def set_seed(*numbers: int) -> None:
     """
     entropy = [len(numbers), *numbers]  # NumPy takes 1 and 1, 0 for the same
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
-
-
-# --- batches
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
-    """Hold some pairs of sequences, padded on the right, as an encoder-decoder learns from them.
-
-    Args:
-        source: numbers of the tokens to read.
-        source_mask: True = a token, False = padding.
-        target_in: what the decoder is given: bos, then the target.
-        target_out: what it is to say: the target, then eos; :data:`IGNORE` at padding.
-
-    Example:
-        >>> batch = Batch.of([([5, 6, 7], [8]), ([5], [8, 9])], pad=0, bos=1, eos=2)
-        >>> batch.source
-        tensor([[5, 6, 7],
-                [5, 0, 0]])
-        >>> batch.target_in
-        tensor([[1, 8, 0],
-                [1, 8, 9]])
-        >>> batch.target_out
-        tensor([[   8,    2, -100],
-                [   8,    9,    2]])
-    """
-
-    source: Int[Tensor, "b m"]
-    source_mask: Bool[Tensor, "b 1 1 m"]
-    target_in: Int[Tensor, "b n"]
-    target_out: Int[Tensor, "b n"]
-
-    @classmethod
-    def of(
-        cls,
-        pairs: Iterable[tuple[Sequence[int], Sequence[int]]],
-        *,
-        pad: int,
-        bos: int,
-        eos: int,
-    ) -> "Batch":
-        """Pad pairs of source and target, which have no bos and no pad yet.
-
-        Args:
-            pairs: numbers of the tokens of source and target. An eos after the source, where it
-                is wanted, is one of them.
-            pad: number of the token that pads.
-            bos: number of the token before every target.
-            eos: number of the token after every target.
-
-        Raises:
-            ValueError: if there are no pairs.
-        """
-        pairs = list(pairs)
-        check_size("the number of pairs", len(pairs))
-        sources, targets = zip(*pairs, strict=True)
-
-        def padded(rows: Iterable[Sequence[int]], value: int) -> Tensor:
-            rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-            return pad_sequence(rows, True, value)
-
-        source = padded(sources, pad)
-        return cls(
-            source=source,
-            source_mask=padding_mask(torch.tensor([*map(len, sources)]), source.shape[1]),
-            target_in=padded([[bos, *t] for t in targets], pad),
-            target_out=padded([[*t, eos] for t in targets], IGNORE),
-        )
-
-    def __len__(self) -> int:
-        """Count the pairs."""
-        return len(self.source)
-
-    def __getitem__(self, rows: slice) -> "Batch":
-        """Take some of the pairs."""
-        return self._each(lambda t: t[rows])
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """Copy all to a device."""
-        return self._each(lambda t: t.to(device))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
-
-    @property
-    def n_tokens(self) -> int:
-        """Count the targets, eos among them and padding not."""
-        return int((self.target_out != IGNORE).sum())
-
-
-def padding_share(batches: Iterable) -> float:
-    """Say which share of the positions, of source and target, holds padding.
-
-    Args:
-        batches: each a :class:`Batch`.
-
-    Example:
-        >>> padding_share([Batch.of([([5, 6, 7], [8]), ([5], [8, 9])], pad=0, bos=1, eos=2)])
-        0.25
-    """
-    real = positions = 0
-    for batch in batches:
-        real += int(batch.source_mask.sum()) + batch.n_tokens
-        positions += batch.source.numel() + batch.target_out.numel()
-    return 1 - real / positions
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TokenBatches:
-    """Deal pairs of sequences into batches of like length, with no more than so many tokens.
-
-    Each epoch shuffles all pairs, sorts them by length within chunks, cuts the row into batches
-    and shuffles these. What an epoch gives follows from its number and the seed alone.
-
-    Args:
-        pairs: numbers of the tokens of source and target, as :meth:`Batch.of` takes them.
-        max_tokens: bound of the padded size of a batch: its number of pairs times the longest
-            source or target, eos included, whichever is longer.
-        pad: number of the token that pads.
-        bos: number of the token before every target.
-        eos: number of the token after every target.
-        seed: seed of the order.
-        chunk: number of pairs that are sorted together; 1 sorts nothing.
-
-    Raises:
-        ValueError: if max_tokens or chunk is not an integer of at least 1, there are no pairs, a
-            source is empty, or a pair alone is longer than max_tokens.
-
-    Reference:
-        Vaswani et al. 2017, "Attention Is All You Need", section 5.1: pairs "batched together by
-        approximate sequence length", about 25000 tokens of each language.
-
-    Example:
-        >>> pairs = [([5] * n, [6] * n) for n in (3, 1, 3, 1)]
-        >>> batches = TokenBatches(pairs=pairs, max_tokens=8, pad=0, bos=1, eos=2)
-        >>> sorted(tuple(batch.target_out.shape) for batch in batches(0))
-        [(2, 2), (2, 4)]
-    """
-
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-    max_tokens: int
-    pad: int
-    bos: int
-    eos: int
-    seed: int = 0
-    chunk: int = 4096
-
-    def __post_init__(self) -> None:
-        check_size("max_tokens", self.max_tokens)
-        check_size("chunk", self.chunk)
-        check_size("the number of pairs", len(self.pairs))
-        for i, (source, _) in enumerate(self.pairs):
-            if not len(source):
-                raise ValueError(f"a source must have at least one token; got none in pair {i}")
-            if self._length(i) > self.max_tokens:
-                raise ValueError(
-                    f"a pair must be no longer than max_tokens ({self.max_tokens}); "
-                    f"got {self._length(i)} in pair {i}"
-                )
-
-    def _length(self, i: int) -> int:
-        """Measure what a pair needs: its source, or its target with one token more."""
-        source, target = self.pairs[i]
-        return max(len(source), len(target) + 1)
-
-    def rows(self, epoch: int) -> list[list[int]]:
-        """Give the numbers of the pairs in each batch of an epoch."""
-        random = np.random.default_rng([self.seed, epoch])
-        order = random.permutation(len(self.pairs)).tolist()
-        chunks = (order[i : i + self.chunk] for i in range(0, len(order), self.chunk))
-        batches, longest = [[]], 0
-        for i in (i for chunk in chunks for i in sorted(chunk, key=self._length)):
-            longest = max(longest, self._length(i))
-            if (len(batches[-1]) + 1) * longest > self.max_tokens:
-                batches.append([])
-                longest = self._length(i)
-            batches[-1].append(i)
-        return [batches[i] for i in random.permutation(len(batches))]
-
-    def __call__(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of an epoch, counted from 0."""
-        for rows in self.rows(epoch):
-            pairs = [self.pairs[i] for i in rows]
-            yield Batch.of(pairs, pad=self.pad, bos=self.bos, eos=self.eos)
-
-
-# --- the loop
 
 
 def fit(
@@ -379,15 +84,15 @@ def fit(
     Args:
         model: the model; it is moved to the device and left in training mode.
         batches: gives the batches of an epoch, which is counted from 0, such as a
-            :class:`TokenBatches`. A batch has ``len``, ``batch[rows]`` for a slice of its rows,
-            and ``to(device)``: a :class:`Batch`, or a tensor.
+            :class:`~tfm_ref.batches.TokenBatches`. A batch has ``len``, ``batch[rows]`` for
+            a slice of its rows, and ``to(device)``: a :class:`~tfm_ref.batches.Batch`, or a tensor.
         loss: gives, for model and batch, the sum of the losses of all tokens and their number.
             A further loss, already a mean, is added as many times as there are tokens.
         optimizer: changes the parameters. The paper's is
             ``torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9)``.
         n_steps: number of the last step.
-        lr: gives the learning rate of a step, from 1, such as :func:`noam_lr`; the optimizer's
-            own if not given.
+        lr: gives the learning rate of a step, from 1, such as
+            :func:`~tfm_ref.schedules.noam_lr`; the optimizer's own if not given.
         max_norm: bound of the norm of all gradients together; no bound if not given.
         seed: seed of the random numbers in the steps.
         folder: where checkpoints are written and found, the same for all processes.

@@ -32,16 +32,18 @@ from tfm_ref import (
     noam_lr,
     train_bpe,
 )
-from tfm_ref.bench import matmul_peak, new_record, save_record, synchronize
+from tfm_ref.bench import matmul_peak, synchronize
 from tfm_ref.checkpoints import load_weights
+from tfm_ref.records import new_record, save_record
 from tfm_ref.training import set_seed
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 MODULES = [
     f"tfm_ref.{name}"
     for name in (
-        "attention cache checkpoints config embedding generation layers masks models multi_head "
-        "positions rules stack tokenizer training"
+        "attention attention_layer backends batches beams bpe cache checkpoints config embedding "
+        "fused generation layers losses masks models multi_head position_embeddings positions "
+        "pretokens rules schedules stack tokenizer training"
     ).split()
 ]
 

@@ -12,9 +12,9 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from _ext.chapters import chapters
-from tfm_ref.bench import load_record
 from tfm_ref.benchmarks import BENCHMARKS
 from tfm_ref.plots import Table
+from tfm_ref.records import load_record
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 from status import FOLDER, SUITES, digests

@@ -27,8 +27,12 @@ MODULES = (
     "attention",
     "cache",
     "flash",
+    "fused",
+    "backends",
+    "attention_layer",
     "multi_head",
     "positions",
+    "position_biases",
     "rotary",
     "layers",
     "latent",
@@ -380,12 +384,12 @@ class Implementation:
 
 def implementations(package: ModuleType | SimpleNamespace) -> list[Implementation]:
     """List what the suite tests: the attention of the package, or of mutants of its MODULES."""
-    attention, multi_head = package.attention, package.multi_head
+    attention, backends = package.attention, package.backends.BACKENDS
     pad, weights = package.masks.padding_mask, attention.attention_weights
     one, several, mla = (
         attention.SelfAttention,
-        in_small_tiles(multi_head.MultiHeadAttention, multi_head.BACKENDS),
-        in_small_tiles(package.latent.LatentAttention, multi_head.BACKENDS),
+        in_small_tiles(package.multi_head.MultiHeadAttention, backends),
+        in_small_tiles(package.latent.LatentAttention, backends),
     )
     alone, free = frozenset({"cross", "bias", "scale"}), {"head_dim": 5, "v_head_dim": 2}
 
@@ -437,7 +441,7 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
 
     rotary = partial(package.rotary.RotaryPositions, head_dim=4)
     alibi, t5 = (
-        partial(getattr(package.positions, name), n_heads=4) for name in ("ALiBi", "T5Bias")
+        partial(getattr(package.position_biases, name), n_heads=4) for name in ("ALiBi", "T5Bias")
     )
     return [
         Implementation("SelfAttention", lambda: one(d_model=D_MODEL), pad, lacks=alone),
@@ -459,7 +463,7 @@ def implementations(package: ModuleType | SimpleNamespace) -> list[Implementatio
                 decodes=(by_context,),
             )
             for name in GENERAL
-            for attend in [multi_head.BACKENDS[name]]
+            for attend in [backends[name]]
         ],
         *[
             implementation

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from tfm_ref import MODELS, build, config_from_hf, to_hf
 from tfm_ref.convert import from_hf
 from tfm_ref.masks import padding_mask
-from tfm_ref.positions import ALiBi, sinusoidal_encoding
+from tfm_ref.position_biases import ALiBi
+from tfm_ref.position_embeddings import sinusoidal_encoding
 
 NEAR = {"atol": 3e-5, "rtol": 3e-5}
 CASE = {case.name: case for case in CASES}
