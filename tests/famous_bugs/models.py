@@ -43,7 +43,7 @@ class DividedHeadWidth(Bug):
     In 2017 the heads filled the width of the model, and many programs still divide one by the
     other.
     Where a config has a `head_dim` of its own, the cache that they plan has the wrong size.
-    One server so wrote keys and values over the parameters.
+    A server that did so wrote keys and values over the parameters.
     """
 
     chapter = "10_real_models#when-it-goes-wrong"
@@ -148,10 +148,10 @@ class DefaultBase(Bug):
 
 
 class PinnedEnvironment(Bug):
-    """A requirement with an exact pin
+    """Environment rot: a requirement with an exact pin
 
-    A notebook that asks for one version of a library runs until that version is gone: from the
-    index, or from the Python that readers have.
+    A notebook that asks for one version of a library, or for a library that nobody keeps up, runs
+    until newer versions of all else no longer fit.
     Then no cell runs any more, though nobody has touched it.
     A lower bound lets new versions in, and a test with the oldest and the newest says whether they
     work.

@@ -163,7 +163,7 @@ class ForgottenBalance(Bug):
         return task + factor * balance
 
     def measure(total):
-        """Share of the tokens that one of 8 experts has after 60 steps"""
+        """Share of the tokens at the busiest of 8 experts, 60 steps after a collapse"""
         x = torch.cat([torch.randn(64, 8), torch.ones(64, 1)], 1)
         W = torch.zeros(9, 8)
         W[-1, 0] = 3.0  # all tokens go to expert 0
