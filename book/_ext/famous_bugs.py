@@ -42,7 +42,7 @@ class FamousBugs(SphinxDirective):
 
     def bug(self, bug: type[Bug]) -> nodes.section:
         """Write one bug: its story, where it is told, and its members in their order."""
-        if bug.chapter not in self.titles:
+        if bug.chapter and bug.chapter not in self.titles:
             raise self.error(f"{bug.__name__}: no section {bug.chapter}")
         title, _, story = getdoc(bug).partition("\n\n")
         section = nodes.section("", nodes.title(text=title), ids=[nodes.make_id(bug.__name__)])
@@ -53,8 +53,9 @@ class FamousBugs(SphinxDirective):
 
     def references(self, bug: type[Bug]) -> Iterator[str]:
         """Name the section of the book that tells it, and where it was seen."""
-        page, _, anchor = bug.chapter.partition("#")
-        yield f"More in [{self.titles[bug.chapter]}](../notebooks/{page}.ipynb#{anchor})."
+        if bug.chapter:
+            page, _, anchor = bug.chapter.partition("#")
+            yield f"More in [{self.titles[bug.chapter]}](../notebooks/{page}.ipynb#{anchor})."
         if bug.seen:
             address = "https://github.com/{}/issues/{}"
             threads = (f"[{seen}]({address.format(*seen.split('#'))})" for seen in bug.seen)

@@ -19,8 +19,8 @@ class Bug:
     them is shown, too.
     """
 
-    chapter: ClassVar[str]
-    """The section that tells more: ``"01_self_attention#masks-who-may-look-at-whom"``."""
+    chapter: ClassVar[str] = ""
+    """The section that tells more, if there is one: ``"01_self_attention#when-it-goes-wrong"``."""
 
     seen: ClassVar[tuple[str, ...]] = ()
     """Public threads, such as ``"pytorch/pytorch#103963"``."""
