@@ -505,3 +505,34 @@ class AblatedRows(Bug):
         layer(torch.randn(1, 5, 64)).sum().backward()
         for i, part in enumerate(layer.v_proj.weight.grad.chunk(8)):
             assert bool(part.any()) == (i != 3)
+
+
+class BatchReadAsTime(Bug):
+    """The batch that is read as time
+
+    PyTorch's recurrent layers take (length, batch, width) unless they are told otherwise.
+    Given (batch, length, width), they read across the sentences: each word hears of the same
+    place in the sentence before.
+    The shape that comes out is right.
+    """
+
+    chapter = "04_why_self_attention#when-it-goes-wrong"
+
+    def wrong(d):
+        return nn.LSTM(d, d)
+
+    def right(d):
+        return nn.LSTM(d, d, batch_first=True)
+
+    def measure(build):
+        """Sentences of 32 whose output changes when a word of the first one does"""
+        x, lstm = torch.randn(32, 6, 8), build(8)
+        before = lstm(x)[0]
+        x[0, 2] += 1
+        return (lstm(x)[0] != before).any(2).any(1).sum()
+
+    def test(build):
+        x, lstm = torch.randn(4, 6, 8), build(8)
+        before = lstm(x)[0]
+        x[0, 2] += 1
+        assert torch.equal(lstm(x)[0][1:], before[1:])
