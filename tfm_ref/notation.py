@@ -27,7 +27,7 @@ AXES = {
     "e": Axis("experts of a mixture", "n_experts", "E"),
     "c": Axis("experts that one token is sent to", "top_k", r"k_\text{top}"),
     "a": Axis("assignments of a token to an expert", "n * top_k", r"n k_\text{top}"),
-    "w": Axis("tokens of the vocabulary", "vocab_size", r"\lvert V \rvert"),
+    "w": Axis("tokens of the vocabulary", "vocab_size", r"\lvert \mathcal{V} \rvert"),
     "y": Axis("tokens that a model writes", "new_tokens", "y"),
     "s": Axis("texts that beam search keeps", "n_beams", "s"),
     "u": Axis("processes that share the work", "world_size", "u"),

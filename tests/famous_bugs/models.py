@@ -46,7 +46,7 @@ class DividedHeadWidth(Bug):
     A server that did so wrote keys and values over the parameters.
     """
 
-    chapter = "10_real_models#when-it-goes-wrong"
+    chapter = "03_how_many_heads#when-it-goes-wrong"
     seen = (
         "LMCache/LMCache#688",
         "vllm-project/vllm#2622",
@@ -89,7 +89,7 @@ class TiedCountedTwice(Bug):
     The size is off by the whole vocabulary, and the file that is planned for it is too.
     """
 
-    chapter = "10_real_models#when-it-goes-wrong"
+    chapter = "05_tokens_and_embeddings#one-matrix-at-both-ends"
 
     def wrong(model):
         return sum(t.numel() for t in model.state_dict().values())
