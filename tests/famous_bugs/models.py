@@ -28,7 +28,8 @@ class MapsWithoutTheMask(Bug):
     chapter = "08_architecture_variants#when-it-goes-wrong"
 
     def two_texts():
-        config = TransformerConfig(vocab_size=2, d_model=16, n_layers=2, n_heads=2, d_ff=32)
+        sizes = {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 32}
+        config = TransformerConfig(vocab_size=2, positions="none", **sizes)
         stack, x = Stack(config), torch.randn(1, 6, 16)
         for p in stack.parameters():
             nn.init.normal_(p)
