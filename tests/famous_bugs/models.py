@@ -35,6 +35,252 @@ QWEN3_235B = {
     "num_key_value_heads": 4,
     "head_dim": 128,
 }
+import math
+from functools import partial
+
+import torch.nn.functional as F
+from torch import nn
+
+from tfm_ref import (
+    Stack,
+    attention_maps,
+    label_smoothed_cross_entropy,
+    scaled_dot_product_attention,
+)
+
+
+class MapsWithoutTheMask(Bug):
+    """Maps of a model that nobody has trained
+
+    To collect the maps of attention, each layer is asked for its weights, with the mask.
+    Then the tokens are passed on through the layer, and there the mask is forgotten.
+    All maps look causal; from the second layer on they are made of tokens that saw the future.
+    """
+
+    chapter = "08_architecture_variants#when-it-goes-wrong"
+
+    def two_texts():
+        sizes = {"d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 32}
+        config = TransformerConfig(vocab_size=2, positions="none", **sizes)
+        stack, x = Stack(config), torch.randn(1, 6, 16)
+        for p in stack.parameters():
+            nn.init.normal_(p)
+        y = x.clone()
+        y[:, -1] = torch.randn(16)  # the last token changes
+        return stack, x, y
+
+    def wrong(stack, x):
+        maps = []
+        for block in stack.blocks:
+            maps.append(block.attention.attention_weights(x, is_causal=True))
+            x = block(x)
+        return maps
+
+    def right(stack, x):
+        maps = []
+        for block in stack.blocks:
+            maps.append(block.attention.attention_weights(x, is_causal=True))
+            x = block(x, is_causal=True)
+        return maps
+
+    def ours(stack, x):
+        return list(attention_maps(stack, x).values())
+
+    def measure(maps_of):
+        """How far a weight of an earlier token moves when the last token changes"""
+        stack, x, y = MapsWithoutTheMask.two_texts()
+        move = maps_of(stack, y)[1] - maps_of(stack, x)[1]
+        return move[..., :-1, :].abs().max().detach()
+
+    def test(maps_of):
+        stack, x, y = MapsWithoutTheMask.two_texts()
+        before, after = maps_of(stack, x)[1], maps_of(stack, y)[1]
+        torch.testing.assert_close(before[..., :-1, :], after[..., :-1, :])
+
+
+class CausalMaskInTheWrongCorner(Bug):
+    """The causal mask in the wrong corner
+
+    With as many queries as keys there is one causal mask.
+    With keys in a cache there are fewer queries, and the mask belongs to the bottom right.
+    Aligned at the top left, the newest token sees the first key and nothing else.
+    """
+
+    chapter = "08_architecture_variants#when-it-goes-wrong"
+    seen = (
+        "pytorch/pytorch#108108",
+        "Dao-AILab/flash-attention#517",
+        "meta-llama/llama#899",
+    )
+
+    def wrong(q, k, v):
+        n, m = q.shape[2], k.shape[2]
+        mask = torch.ones(n, m).tril().bool()
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+    def right(q, k, v):
+        n, m = q.shape[2], k.shape[2]
+        mask = torch.ones(n, m).tril(m - n).bool()
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+    def ours(q, k, v):
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def measure(attention):
+        """How many of 100 keys in a cache the newest token sees"""
+        q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 100, 8)
+        weights = attention(q, k, torch.eye(100)[None, None])
+        return (weights > 0).sum()
+
+    def test(attention):
+        q, k, v = torch.randn(3, 1, 1, 7, 8)
+        whole = attention(q, k, v)
+        for first in range(7):
+            rest = attention(q[:, :, first:], k, v)
+            torch.testing.assert_close(rest, whole[:, :, first:])
+
+
+class TargetNotShifted(Bug):
+    """The target that stands in the input
+
+    What the model reads and what it must predict are the same row, place by place.
+    A causal mask does not help, for a token may see itself.
+    The model learns to copy, its loss falls to nothing, and it cannot write a word.
+    """
+
+    chapter = "08_architecture_variants#when-it-goes-wrong"
+    seen = ("Project-MONAI/GenerativeModels#314",)
+
+    def copier(text):
+        return 10.0 * F.one_hot(text, 6)  # logits: what has just been read
+
+    def wrong(model, text):
+        return F.cross_entropy(model(text).mT, text)
+
+    def right(model, text):
+        return F.cross_entropy(model(text[:, :-1]).mT, text[:, 1:])
+
+    def measure(loss):
+        """The loss of a model that only repeats what it reads"""
+        return loss(TargetNotShifted.copier, torch.arange(6)[None])
+
+    def test(loss):
+        text = torch.arange(6)[None]
+        guessing = math.log(6)
+        assert loss(TargetNotShifted.copier, text) > guessing
+
+
+class SmoothedToNaN(Bug):
+    """The loss that is not a number
+
+    The smoothed target is built by hand, with a 0 for the padding.
+    Where the model gives it probability 0, too, the term is 0 times minus infinity.
+    On paper that is 0; here it is NaN, and a curve of such losses is empty.
+    """
+
+    chapter = "09_training_and_translation#when-it-goes-wrong"
+    seen = (
+        "harvardnlp/annotated-transformer#18",
+        "harvardnlp/annotated-transformer#109",
+    )
+
+    def wrong(log_p, q):
+        return F.kl_div(log_p, q, reduction="sum")
+
+    def right(log_p, q):
+        counts = q > 0
+        return F.kl_div(log_p[counts], q[counts], reduction="sum")
+
+    def measure(loss):
+        """The loss of a model that guesses among all tokens but the padding"""
+        q = torch.tensor([0.0, 0.04, 0.9, 0.03, 0.03])  # <pad> is the first
+        p = torch.tensor([0.0, 0.25, 0.25, 0.25, 0.25])
+        return loss(p.log(), q)
+
+    def test(loss):
+        q = torch.tensor([0.0, 0.04, 0.9, 0.03, 0.03])
+        p = torch.tensor([0.0, 0.25, 0.25, 0.25, 0.25])
+        torch.testing.assert_close(loss(q.log(), q), torch.tensor(0.0))
+        assert 0 < loss(p.log(), q) < math.inf
+
+
+class WrittenFromPadding(Bug):
+    """The text that begins with padding
+
+    In training each target begins with token 1; writing begins with token 0, the padding.
+    A large model guesses its way back and loses the first words.
+    The one here, a table of what follows what, never finds back.
+    """
+
+    chapter = "09_training_and_translation#when-it-goes-wrong"
+    seen = ("harvardnlp/annotated-transformer#127",)
+
+    def train(targets):
+        follows = torch.zeros(10, 10)
+        follows[targets[:, :-1], targets[:, 1:]] = 1.0
+        return follows
+
+    def wrong(follows, n):
+        text = [0]  # <pad>
+        for _ in range(n):
+            text.append(follows[text[-1]].argmax().item())
+        return text[1:]
+
+    def right(follows, n):
+        text = [1]  # <bos>
+        for _ in range(n):
+            text.append(follows[text[-1]].argmax().item())
+        return text[1:]
+
+    def measure(write):
+        """How many of 5 tokens are right"""
+        targets = torch.tensor([[1, 4, 2, 8, 5, 7]])
+        written = torch.tensor([write(WrittenFromPadding.train(targets), 5)])
+        return (written == targets[:, 1:]).sum()
+
+    def test(write):
+        targets = torch.tensor([[1, 4, 2, 8, 5, 7]])
+        model = WrittenFromPadding.train(targets)
+        assert write(model, 5) == targets[0, 1:].tolist()
+
+
+class MeanOfMeans(Bug):
+    """The mean of means
+
+    A batch that does not fit into memory is computed in parts, and their losses are averaged.
+    In a short part each token counts more than in a long one.
+    The gradient is that of another loss, and no shape or error tells.
+    """
+
+    chapter = "09_training_and_translation#when-it-goes-wrong"
+    seen = ("huggingface/transformers#34191",)
+
+    def wrong(parts):
+        means = [F.cross_entropy(*part) for part in parts]
+        return sum(means) / len(means)
+
+    def right(parts):
+        sums = [F.cross_entropy(*part, reduction="sum") for part in parts]
+        return sum(sums) / sum(len(t) for _, t in parts)
+
+    def ours(parts):
+        loss = partial(label_smoothed_cross_entropy, smoothing=0.0)
+        both = [loss(logits[None], t[None]) for logits, t in parts]
+        return sum(total for total, _ in both) / sum(n for _, n in both)
+
+    def measure(loss):
+        """How much more a token that is alone in its part counts than one of 99"""
+        logits = torch.zeros(100, 9, requires_grad=True)
+        t = torch.zeros(100).long()
+        loss([(logits[:1], t[:1]), (logits[1:], t[1:])]).backward()
+        return logits.grad[0].norm() / logits.grad[1].norm()
+
+    def test(loss):
+        logits, t = torch.randn(10, 9), torch.randint(9, (10,))
+        cut = [(logits[:2], t[:2]), (logits[2:], t[2:])]
+        torch.testing.assert_close(loss(cut), loss([(logits, t)]))
 
 
 class DividedHeadWidth(Bug):
