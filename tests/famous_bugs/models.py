@@ -1,19 +1,27 @@
 """Famous bugs of models: chapters 8 to 10."""
 
+import math
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from famous_bugs.bug import Bug
 from packaging.requirements import Requirement
+from torch import nn
 
 from tfm_ref import (
+    Stack,
     TransformerConfig,
+    attention_maps,
     build,
     config_from_hf,
     count_parameters,
     full_size,
     kv_cache_bytes,
+    label_smoothed_cross_entropy,
+    scaled_dot_product_attention,
 )
 
 QWEN3 = {
@@ -35,18 +43,6 @@ QWEN3_235B = {
     "num_key_value_heads": 4,
     "head_dim": 128,
 }
-import math
-from functools import partial
-
-import torch.nn.functional as F
-from torch import nn
-
-from tfm_ref import (
-    Stack,
-    attention_maps,
-    label_smoothed_cross_entropy,
-    scaled_dot_product_attention,
-)
 
 
 class MapsWithoutTheMask(Bug):
