@@ -89,6 +89,15 @@ def test_peak_memory_counts_what_lives_at_once(device):
         assert bench.peak_memory(lambda: (kept * 2).square() + 1, device=device) == 2 * 4096
 
 
+def test_bytes_kept_are_those_that_the_backward_pass_needs():
+    """A product keeps both factors, shared memory counts once, and a sum keeps nothing."""
+    x, y = torch.ones(2, 10, dtype=torch.float64, requires_grad=True)
+    assert bench.bytes_kept(lambda: x * y) == x.untyped_storage().nbytes() == 160
+    assert bench.bytes_kept(lambda: x.exp() + x.exp()) == 2 * 80
+    assert bench.bytes_kept(lambda: x + y) == 0
+    assert bench.bytes_kept(lambda: x.detach() * 2) == 0
+
+
 @pytest.mark.parametrize("error", [0.2, float("nan")])
 def test_what_is_wrong_is_not_measured(error):
     def never():

@@ -1,4 +1,7 @@
-"""tfm_ref, the package of The Tested Transformer: attention, readable and tested."""
+"""tfm_ref, the package of The Tested Transformer: attention, readable and tested.
+
+The page book/api.md has the modules in the order in which the chapters need them.
+"""
 
 from tfm_ref.attention import SelfAttention, attention_weights, scaled_dot_product_attention
 from tfm_ref.balance import (

@@ -22,6 +22,7 @@ TAGS = {
     "js": re.compile(r'<script[^>]*\ssrc="([^"?]+)[^>]*></script>'),
 }
 JOINED = {"css": '<link rel="stylesheet" href="{}">', "js": '<script src="{}"></script>'}
+DONE = re.compile(r'href="[^"]*_static/book-[0-9a-f]{8}\.css"')
 NEEDLESS = re.compile(
     r'<link rel="preload"[^>]*>'  # of scripts that are joined
     r"|<script>DOCUMENTATION_OPTIONS\.[^<]*</script>"  # of a version switcher
@@ -51,6 +52,8 @@ def join_assets(app: Sphinx, error: Exception | None) -> None:
 
     for page in pages:
         text = NEEDLESS.sub("", page.read_text("utf-8"))
+        if DONE.search(text):
+            continue  # a page that has not changed since the last build
         unused = {"fontawesome.js"} | (SEARCH if page.name != "search.html" else set())
         for kind, tag in TAGS.items():
             found = {m[0]: page.parent / m[1] for m in tag.finditer(text)}

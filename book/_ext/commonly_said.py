@@ -18,6 +18,7 @@ from _ext.claims import HOLDS, REFUTED
 
 logger = logging.getLogger(__name__)
 
+STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 VERDICTS = {
     "holds": "Holds",
     "depends": "Depends",
@@ -72,11 +73,12 @@ def settled_by(row: dict, section: nodes.section) -> list[nodes.Node]:
         outputs = (n for n in section.findall(nodes.literal_block) if "stream" in n["classes"])
         lines = {line for output in outputs for line in output.astext().splitlines()}
         claims = {HOLDS + row["cell"], REFUTED + row["cell"]}
-        return [nodes.Text(claim) for claim in claims & lines]
+        return [nodes.Text(claim.replace(REFUTED, "✗ ")) for claim in claims & lines]
     if "source" in row:
         links = {link.get("refuri") for link in section.findall(nodes.reference)}
         return heading if row["source"] in links else []
-    return heading if row["text"] in " ".join(section.astext().split()) else []
+    words = " ".join(section.astext().translate(STRAIGHT).split())
+    return heading if row["text"] in words else []
 
 
 def setup(app: Sphinx) -> None:

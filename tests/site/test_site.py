@@ -306,11 +306,15 @@ NUMBERS = {"A": 90, "B": 60, "C": 20, "D": 43}
 
 
 def test_what_is_commonly_said_is_settled(browser: Browser, origin: str) -> None:
-    """Each row has its place; that it leads to a section is what the build checks."""
+    """Each row has its place; that it leads to a section is what the build checks.
+
+    A row with two halves that are settled in two places has two ids, such as d-22 and d-22b.
+    """
     with visit(browser, f"{origin}book/commonly_said.html") as (page, _):
         ids = page.locator(".said").evaluate_all("items => items.map(i => i.id)")
         text = page.locator(".said strong").all_text_contents()
-    assert sorted(ids) == [
+    assert len(ids) == len(set(ids))
+    assert sorted({row.rstrip("b") for row in ids}) == [
         f"{s.lower()}-{i:02}" for s, n in NUMBERS.items() for i in range(1, n + 1)
     ]
     assert {"Holds.", "Depends.", "Not so.", "Cannot be checked."} == set(text)
