@@ -159,6 +159,37 @@ def check_sinks(sinks: Tensor, scores: Tensor) -> None:
     check_same_kind("the scores", scores, "sinks", sinks)
 
 
+def check_terms(
+    q: Tensor,
+    k: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """Refuse what does not fit the scores of queries and keys, without computing any.
+
+    Args:
+        q: queries (batch, n_heads, len_q, head_dim).
+        k: keys (batch, n_kv_heads, len_k, head_dim).
+        mask: as of :func:`check_mask`.
+        bias: as of :func:`check_bias`.
+        sinks: as of :func:`check_sinks`.
+
+    Raises:
+        ValueError: as these.
+
+    Example:
+        >>> check_terms(torch.zeros(2, 8, 4, 16), torch.zeros(2, 8, 5, 16), sinks=torch.zeros(3))
+        Traceback (most recent call last):
+        ValueError: sinks must have shape (heads,) = (8,); got (3,)
+    """
+    scores = q.new_empty(()).expand(*q.shape[:3], k.shape[2])  # takes no memory
+    for check, term in ((check_bias, bias), (check_mask, mask), (check_sinks, sinks)):
+        if term is not None:
+            check(term, scores)
+
+
 def check_query_scale(query_scale: Tensor, q: Tensor) -> None:
     """Refuse what is not one factor for each query.
 

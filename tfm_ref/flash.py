@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from tfm_ref.attention_checks import check_bias, check_mask, check_qkv, check_sinks
+from tfm_ref.attention_checks import check_qkv, check_terms
 from tfm_ref.validation import check_dropout, check_size, check_softcap
 
 
@@ -234,15 +234,9 @@ def tiled_attention(
     check_dropout(dropout)
     if dropout:
         raise ValueError(f'tiles have no dropout; got {dropout}. Use "naive" or "sdpa".')
-    scores = q.new_empty(()).expand(*q.shape[:3], k.shape[2])  # no memory: what checks look at
+    check_terms(q, k, mask=mask, bias=bias, sinks=sinks)
     if softcap is not None:
         check_softcap(softcap)
-    if bias is not None:
-        check_bias(bias, scores)
-    if mask is not None:
-        check_mask(mask, scores)
-    if sinks is not None:
-        check_sinks(sinks, scores)
     for name, size in {"window": window, "block_q": block_q, "block_k": block_k}.items():
         if size is not None:
             check_size(name, size)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tfm_ref.attention_checks import check_bias, check_mask, check_qkv, check_sinks
+from tfm_ref.attention_checks import check_qkv, check_terms
 from tfm_ref.masks import causal_mask
 from tfm_ref.validation import check_dropout
 
@@ -52,15 +52,9 @@ def fused_attention(
             f'PyTorch\'s kernels have no softcap; got {softcap}. Use "naive" or "tiled".'
         )
     (b, h, n, width), (_, g, m, _) = q.shape, k.shape
-    if not (mask is None and bias is None and sinks is None):
-        scores = q.new_empty(()).expand(b, h, n, m)  # no memory: what checks look at
-        if bias is not None:
-            check_bias(bias, scores)
-        if mask is not None:
-            check_mask(mask, scores)
-        if sinks is not None:
-            check_sinks(sinks, scores)
-            bias = torch.zeros_like(scores) if bias is None else bias
+    check_terms(q, k, mask=mask, bias=bias, sinks=sinks)
+    if sinks is not None and bias is None:
+        bias = q.new_zeros(()).expand(b, h, n, m)
     if n == 1:
         is_causal = False  # the last query sees every key
     if is_causal and not (mask is None and bias is None and n == m):
@@ -74,8 +68,8 @@ def fused_attention(
         added = allowed if bias is None else bias.masked_fill(~allowed, -torch.inf)
     if sinks is not None:
         # One more key, of zeros and with the sink for its bias, and a value of zeros.
-        column = sinks[:, None, None].expand(*scores.shape[:3], 1)
-        added = torch.cat([added.expand(scores.shape), column], -1)
+        column = sinks[:, None, None].expand(b, h, n, 1)
+        added = torch.cat([added.expand(b, h, n, m), column], -1)
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     r = h // g
     folds = r > 1 and r * n <= m and not is_causal and (q.device.type == "cpu" or width > 256)
