@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions
 from itertools import chain
 from pathlib import Path
 from pkgutil import walk_packages
@@ -11,6 +12,7 @@ from pkgutil import walk_packages
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -48,6 +50,13 @@ def test_pins_satisfy_every_lower_bound():
     for requirement in map(Requirement, chain(PROJECT["dependencies"], *EXTRAS.values())):
         pin = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(pin), f"{requirement} is pinned to {pin}"
+
+
+def test_pins_suit_the_first_release_of_every_python():
+    """Debian's 3.11 is 3.11.2: a pin that asks for 3.11.5 leaves it without an environment."""
+    oldest = [f"{python}.0" for python in ("3.11", "3.12", "3.13")]
+    wanted = {d.name: SpecifierSet(d.metadata["Requires-Python"] or "") for d in distributions()}
+    assert not {name for name, bound in wanted.items() if not all(map(bound.contains, oldest))}
 
 
 def test_the_package_asks_for_lower_bounds_only():
