@@ -46,10 +46,15 @@ torch.set_num_threads(1)
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say loudly, at the very end, what a machine without Chromium has not tested."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    if any("NO CHROMIUM" in str(report.longrepr) for report in skipped):
-        terminalreporter.write_line("NO CHROMIUM: THE SITE WAS NOT TESTED", red=True, bold=True)
+    """Say loudly, at the very end, what a machine without browser or network has not tested."""
+    missing = {
+        "NO CHROMIUM": "THE SITE WAS NOT TESTED",
+        "NO PACKAGE INDEX": "THE NOTEBOOKS WERE NOT RUN AS ON COLAB",
+    }
+    skipped = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    for what, so in missing.items():
+        if any(what in reason for reason in skipped):
+            terminalreporter.write_line(f"{what}: {so}", red=True, bold=True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Each notebook runs as on Colab: outside the repository, where tfm_ref is not installed."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,12 @@ def colab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("colab")
     run(sys.executable, "-m", "venv", folder)
     python = folder / "bin/python"
-    run(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *ON_COLAB)
+    try:
+        run(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *ON_COLAB)
+    except subprocess.CalledProcessError as error:
+        if "CI" in os.environ or "connection broken by" not in error.stderr:
+            raise
+        pytest.skip("NO PACKAGE INDEX: nothing can be installed as on Colab")
     return python
 
 
