@@ -444,7 +444,7 @@ class KeyHeadsInTurn(Bug):
 class CausalPairs(Bug):
     """The operations that nobody does
 
-    The formula counts all $n^2$ pairs of a query and a key, a causal kernel skips almost half.
+    The formula counts all $n^2$ pairs of a query and a key; a causal kernel skips almost half.
     Divided by the time, the count can give a speed beyond what the machine is able to do.
     The other factor of 2 is that a multiplication with its addition is 2 FLOPs and 1 MAC.
     """
@@ -512,7 +512,7 @@ class BatchReadAsTime(Bug):
 
     PyTorch's recurrent layers take (length, batch, width) unless they are told otherwise.
     Given (batch, length, width), they read across the sentences: each word hears of the same
-    place in the sentence before.
+    place in the sentences before.
     The shape that comes out is right.
     """
 

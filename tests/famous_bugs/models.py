@@ -98,7 +98,7 @@ class CausalMaskInTheWrongCorner(Bug):
     """The causal mask in the wrong corner
 
     With as many queries as keys there is one causal mask.
-    With keys in a cache there are fewer queries, and the mask belongs to the bottom right.
+    With keys in a cache there are fewer queries, and the mask belongs in the bottom right corner.
     Aligned at the top left, the newest token sees the first key and nothing else.
     """
 
@@ -207,7 +207,7 @@ class WrittenFromPadding(Bug):
 
     In training each target begins with token 1; writing begins with token 0, the padding.
     A large model guesses its way back and loses the first words.
-    The one here, a table of what follows what, never finds back.
+    The one here, a table of what follows what, never finds its way back.
     """
 
     chapter = "09_training_and_translation#when-it-goes-wrong"

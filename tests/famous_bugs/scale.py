@@ -546,7 +546,8 @@ class WindowOffByOne(Bug):
 class GroupsOrTheirSize(Bug):
     """Groups: how many, or how large?
 
-    `n_kv_groups` is how many groups the model has, and how large one is in the plan of its memory.
+    In a model `n_kv_groups` says how many groups there are, in the plan of its memory how large
+    one is.
     With 16 heads and 4 groups both are 4, and nothing is seen.
     """
 
