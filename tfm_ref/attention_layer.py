@@ -61,6 +61,7 @@ class AttentionLayer(nn.Module):
                 no room, holds another batch or another length of context, or meets gradients.
 
         Example:
+            >>> import torch
             >>> from tfm_ref import MultiHeadAttention
             >>> x, context = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
             >>> MultiHeadAttention(d_model=8, n_heads=2)(x, context).shape
