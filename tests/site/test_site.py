@@ -354,7 +354,8 @@ def test_famous_bugs_are_those_of_the_tests(browser: Browser, origin: str) -> No
         titles = page.locator("article h3").evaluate_all("all => all.map(h => h.firstChild.data)")
         codes = page.locator("article pre").all_text_contents()
     told = [inspect.getdoc(bug).splitlines()[0] for bug in bugs]
-    assert [title.replace("’", "'") for title in titles] == told
+    straight = str.maketrans("’“”", '\'""')
+    assert [title.translate(straight) for title in titles] == told
     for bug in bugs:
         for name in ("wrong", "right", "test"):
             assert textwrap.dedent(inspect.getsource(getattr(bug, name))) in codes
